@@ -1,0 +1,181 @@
+"""Reductions of causal attention that never hold the length × length map.
+
+Notation: for one head, `P[n, m]` is the causal attention probability that query token n gives key token m ≤ n,
+the softmax over m ≤ n of `scale · q_n·k_m` (soft-capped when the model does so). Queries have the shape
+(batch, heads, length, head_dim), keys (batch, kv_heads, length, head_dim); each key head is shared by
+`heads / kv_heads` consecutive query heads and never copied. Each window of a batch is measured alone, so that
+its result is the same bits whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+from torch import Tensor
+
+from longsift.attention import cpu, reference
+from longsift.attention.cpu import causal_attention
+
+__all__ = ["Backend", "Denominator", "FarStatistics", "causal_attention", "far_statistics", "span_focus"]
+
+Backend = Literal["auto", "cpu", "reference"]
+Denominator = Literal["prior", "causal"]
+
+_BACKENDS = {"auto": cpu, "cpu": cpu, "reference": reference}
+
+
+@dataclass(frozen=True, slots=True)
+class FarStatistics:
+    """How much every head attends to the far past, and how evenly.
+
+    Attributes:
+        strength: LongAttn's dependency strength DS, (batch, heads): mean of the queries' far mass, 0 to 1.
+        variance: LongAttn's -DU, (batch, heads): variance of the map whose near part is set to 0.
+    """
+
+    strength: Tensor
+    variance: Tensor
+
+
+def far_statistics(
+    q: Tensor,
+    k: Tensor,
+    distance: int,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: Backend = "auto",
+) -> FarStatistics:
+    """Sum and spread of the attention to keys at least `distance` tokens back.
+
+    `strength = (1/L) Σ P[n, m]` over the far pairs `n - m ≥ distance`; `variance` is the unbiased variance
+    over all L×L entries of the map in which every entry that is not a far pair is set to 0 (LongAttn, arXiv
+    2502.16860, as in its published code). Perfectly flat attention at `distance = L/4` has strength 0.403 for
+    large L.
+
+    Args:
+        q: queries after position encoding, (batch, heads, length, head_dim); length ≥ 2.
+        k: keys after position encoding, (batch, kv_heads, length, head_dim).
+        distance: least query-to-key distance of a far pair, tokens; at `distance ≥ length` no pair is far.
+        scale: factor of the logits; 1/√head_dim when not given.
+        softcap: logits become softcap·tanh(logits/softcap) when given.
+        backend: "auto" takes the fastest for the device; "cpu" is blockwise PyTorch, for any device;
+            "reference" holds the map and computes in the dtype of its inputs.
+
+    Returns:
+        Strength and variance, each (batch, heads), float32 (the input dtype from the reference). Inputs that
+        hold NaN give NaN.
+
+    Raises:
+        ValueError: shapes, dtypes or numbers that do not fit together.
+    """
+    _check_queries_and_keys(q, k, softcap)
+    if q.shape[2] < 2:
+        raise ValueError(f"a variance needs a window of at least 2 tokens; got length {q.shape[2]}")
+    if distance < 0:
+        raise ValueError(f"distance counts tokens and cannot be negative; got {distance}")
+    strength, variance = _module(backend).far_statistics(
+        q.detach(), k.detach(), distance, scale=_scale(q, scale), softcap=softcap
+    )
+    return FarStatistics(strength, variance)
+
+
+def span_focus(
+    q: Tensor,
+    k: Tensor,
+    span: int,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    denominator: Denominator = "prior",
+    query_spans: Sequence[int] | None = None,
+    average_heads: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attention mass that spans of queries give to spans of keys: what LADM (arXiv 2503.02502) is made of.
+
+    Spans are aligned to the end of the window: there are `J = L // span`, and span j covers the tokens
+    `[r + j·span, r + (j+1)·span)` with `r = L % span`. Entry `[j, c]` is the sum, over the rows of query span
+    j, of the probability given to the keys of span c. For L = 10, span = 4: J = 2, the spans are tokens 2–5
+    and 6–9.
+
+    Args:
+        q: queries after position encoding, (batch, heads, length, head_dim).
+        k: keys after position encoding, (batch, kv_heads, length, head_dim).
+        span: tokens of a span, at most the length.
+        scale: factor of the logits; 1/√head_dim when not given.
+        softcap: logits become softcap·tanh(logits/softcap) when given.
+        denominator: what a row's probabilities are normalised over. "prior": all keys before the query span
+            (the r leading ones too), none of its own; entries with c ≥ j are 0. "causal": all keys up to the
+            query, so that `[j, j]` is the mass on the own span and entries with c > j are 0.
+        query_spans: the indices j to measure, each in [0, J); all J when not given.
+        average_heads: return the mean over heads.
+        backend: as for `far_statistics`.
+
+    Returns:
+        (batch, heads, Q, J), or (batch, Q, J) when `average_heads`, with Q = len(query_spans); float32 (the
+        input dtype from the reference). Rows whose visible part holds NaN give NaN.
+
+    Raises:
+        ValueError: shapes, dtypes, names or indices that do not fit together.
+    """
+    _check_queries_and_keys(q, k, softcap)
+    length = q.shape[2]
+    if not 1 <= span <= length:
+        raise ValueError(f"span must be between 1 and the window length {length}; got {span}")
+    if denominator not in ("prior", "causal"):
+        raise ValueError(f'denominator must be "prior" or "causal"; got {denominator!r}')
+    n_spans = length // span
+    chosen = range(n_spans) if query_spans is None else query_spans
+    outside = [j for j in chosen if not 0 <= j < n_spans]
+    if outside or not chosen:
+        raise ValueError(
+            f"query_spans must name at least one of the spans 0..{n_spans - 1}; got {outside or 'none'}"
+        )
+    focus: Tensor = _module(backend).span_focus(
+        q.detach(),
+        k.detach(),
+        span,
+        scale=_scale(q, scale),
+        softcap=softcap,
+        denominator=denominator,
+        query_spans=chosen,
+    )
+    return focus.mean(1) if average_heads else focus
+
+
+def _module(backend: str) -> ModuleType:
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}; got {backend!r}")
+    return _BACKENDS[backend]
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+
+
+def _check_queries_and_keys(q: Tensor, k: Tensor, softcap: float | None) -> None:
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(
+            "q must be (batch, heads, length, head_dim) and k (batch, kv_heads, length, head_dim); "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if (q.shape[0], q.shape[2], q.shape[3]) != (k.shape[0], k.shape[2], k.shape[3]) or 0 in q.shape:
+        raise ValueError(
+            "q and k must agree in batch, length and head_dim, none of them 0; "
+            f"got q {tuple(q.shape)} and k {tuple(k.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(
+            f"the query heads ({q.shape[1]}) must be a multiple of the key heads ({k.shape[1]}), and not 0"
+        )
+    if not q.is_floating_point() or q.dtype != k.dtype:
+        raise ValueError(f"q and k must share one floating-point dtype; got {q.dtype} and {k.dtype}")
+    if q.device != k.device:
+        raise ValueError(f"q and k must be on one device; got {q.device} and {k.device}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive; got {softcap}")
