@@ -1,0 +1,359 @@
+"""The first-layer calculator: queries and keys of a model's first decoder layer, from look-up tables.
+
+Before RoPE, what the first layer makes of a token depends on that token alone (Wu et al., Findings of ACL 2025,
+arXiv 2502.16860, use the first layer only). So its projections are computed once a vocabulary entry and looked up from
+then on, and of a checkpoint only the weights on the way from a token to its query and key are read: the embedding, the
+input norm, the q and k projections with their biases, and q/k norms.
+
+Nothing here knows an architecture. One traced forward of the model's own first layer shows which linear maps read the
+normed embedding (these become tables) and which weights queries and keys depend on (these are read); norms of q and k
+and RoPE are done by the model's own code on the looked-up rows. A check at load compares the tables with the plain layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from longsift.calculators import LayerAttention
+from longsift.calculators.checkpoint import Checkpoint, Location, locate
+from longsift.calculators.interface import (
+    Enough,
+    Seen,
+    build_unallocated,
+    check_ids,
+    choose_dtype,
+    keep_layers,
+    read_config,
+    rope_of,
+    run,
+)
+from longsift.errors import ModelError, UnsupportedModel
+
+# Rows of one table computation, always exactly so many (padded). Matrix libraries choose their kernel by the number of
+# rows, so a fixed number makes a row the same whatever else is computed with it. And it is large enough that a window
+# of as many tokens gets the same kernel, hence the same bits, from the plain layer: with MKL on AVX-512 rows of float32
+# products were found to change below 3 (64 columns) to 513 (4096 columns) rows, and not above.
+CHUNK = 1024
+
+# Tables of the whole vocabulary are kept up to this size; a larger vocabulary is computed anew in each call, for the
+# distinct tokens of that call. Llama-3.1-8B in float32 takes 2.6 GB of it. On a CPU only rows in use take memory.
+TABLE_BYTES = 4 * 2**30
+
+
+class FirstLayer:
+    """Queries and keys of the first decoder layer of a model. Make it with `FirstLayer.load`.
+
+    Attributes:
+        vocab_size: token ids are below this.
+        max_length: the longest window that the model's configuration states, in tokens; None when it states none.
+            Longer windows are computed all the same.
+    """
+
+    def __init__(
+        self, network: nn.Module, config: Any, location: Location, bytes_read: int, device: torch.device
+    ) -> None:
+        self.vocab_size = int(config.vocab_size)
+        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._network, self._config, self._location = network, config, location
+        self._bytes_read, self._device = bytes_read, device
+        stages = [stage for stage in network.modules() if isinstance(stage, _Stage)]
+        self._entrances = [stage for stage in stages if stage.role == "entrance"]
+        self._projections = [stage for stage in stages if stage.role == "projection"]
+        self._dtype = self._projections[0].dtype
+        width = sum(projection.width for projection in self._projections)
+        self._keeps_tables = self.vocab_size * width * self._dtype.itemsize <= TABLE_BYTES
+        self._tables: list[torch.Tensor] = []
+        self._filled = torch.zeros(
+            self.vocab_size if self._keeps_tables else 0, dtype=torch.bool, device=device
+        )
+        if self._keeps_tables:
+            self._tables = [
+                torch.empty(self.vocab_size, projection.width, dtype=self._dtype, device=device)
+                for projection in self._projections
+            ]
+        self._shape = self._check()
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        rope_theta: float | None = None,
+        trust_remote_code: bool = False,
+    ) -> FirstLayer:
+        """Read the first layer of a model.
+
+        Args:
+            model: "embedded", a folder, a `.safetensors` file or a hub id (see `longsift.calculators.checkpoint.locate`).
+            revision: branch, tag or commit of a hub model.
+            device: where the queries and keys are computed.
+            dtype: the type they are computed in; by default float32 on a CPU and the checkpoint's type elsewhere.
+            rope_theta: another RoPE base; the rest of the RoPE settings stays. (LongAttn's published code takes 2.5e6.)
+            trust_remote_code: let transformers run code that comes with the checkpoint.
+
+        Raises:
+            ModelError: the checkpoint cannot be found or read.
+            UnsupportedModel: its first layer cannot be measured faithfully by tables.
+            UsageError: `rope_theta` for a model without RoPE.
+        """
+        location = locate(model, revision)
+        target = torch.device(device)
+        config = keep_layers(
+            read_config(location, trust_remote_code=trust_remote_code, rope_theta=rope_theta), 1
+        )
+        network = build_unallocated(
+            config, choose_dtype(config, target, dtype), trust_remote_code=trust_remote_code
+        )
+        checkpoint = Checkpoint(location)
+        _place(network, {}, target)
+        trace = _trace(network, config, target)
+        _place(network, _read(checkpoint, trace.weights), target)
+        network.requires_grad_(False)
+        _install(network, trace)
+        return cls(network, config, location, checkpoint.bytes_read, target)
+
+    def queries_keys(self, input_ids: torch.Tensor) -> LayerAttention:
+        """The first layer's queries and keys of whole windows.
+
+        Args:
+            input_ids: (batch, length) token ids.
+
+        Raises:
+            ModelError: an id outside the vocabulary, or a first layer whose sliding window is shorter than the window
+                (it never sees the far past).
+        """
+        seen = self._look_up(check_ids(input_ids, self.vocab_size, self._device))
+        length = input_ids.shape[1]
+        if seen.window is not None and seen.window < length:
+            raise ModelError(
+                f"The first layer of {self._location.name} sees only the last {seen.window} tokens, so it cannot measure "
+                f"what a window of {length} has to do with its far past. Choose a model whose first layer is global, or "
+                "--method ladm, which measures the global layers."
+            )
+        return seen.attention
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records of this calculator, as plain values."""
+        return {
+            "kind": "first_layer",
+            "model": self._location.name,
+            "revision": self._location.revision,
+            "architecture": self._config.model_type,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "device": str(self._device),
+            "rope": rope_of(self._config),
+            **self._shape,
+            "vocab_size": self.vocab_size,
+            "max_length": self.max_length,
+            "bytes_read": self._bytes_read,
+        }
+
+    def _plain(self, input_ids: torch.Tensor) -> Seen:
+        return _observe(self._network, input_ids)
+
+    def _look_up(self, input_ids: torch.Tensor) -> Seen:
+        tables, rows = self._tables_for(input_ids)
+        try:
+            for entrance in self._entrances:
+                entrance.answer = entrance.blank(input_ids)
+            for projection, table in zip(self._projections, tables, strict=True):
+                projection.answer = nn.functional.embedding(rows, table)
+            return self._plain(input_ids)
+        finally:
+            for stage in (*self._entrances, *self._projections):
+                stage.answer = None
+
+    def _tables_for(self, input_ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Tables, one a projection, and which of their rows each token takes."""
+        if not self._keeps_tables:
+            tokens, rows = torch.unique(input_ids, return_inverse=True)
+            return self._project(tokens), rows
+        known = self._filled[input_ids]
+        if not bool(known.all()):
+            tokens = torch.unique(input_ids[~known])
+            for table, made in zip(self._tables, self._project(tokens), strict=True):
+                table[tokens] = made
+            self._filled[tokens] = True
+        return self._tables, input_ids
+
+    def _project(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """What every projection makes of distinct tokens, (n,) → [(n, width)]."""
+        made: list[list[torch.Tensor]] = [[] for _ in self._projections]
+        for chunk in tokens.split(CHUNK):
+            padded = nn.functional.pad(chunk, (0, CHUNK - len(chunk)), value=int(chunk[0]))
+            self._plain(padded[None])
+            for rows, projection in zip(made, self._projections, strict=True):
+                rows.append(projection.taken()[0, : len(chunk)])
+        return [torch.cat(rows) for rows in made]
+
+    def _check(self) -> dict[str, int]:
+        """Compare tables with the plain layer over repeated tokens at many positions; the layer's shape if they agree."""
+        some = torch.Generator().manual_seed(0)
+        few = torch.randint(self.vocab_size, (48,), generator=some)
+        ids = few[torch.randint(len(few), (1, CHUNK), generator=some)].to(self._device)
+        plain, tabled = self._plain(ids).attention, self._look_up(ids).attention
+        exact = self._dtype == torch.float32 and self._device.type == "cpu"
+        tolerance = 0.0 if exact else 4 * torch.finfo(self._dtype).eps
+        for ours, theirs in ((tabled.q, plain.q), (tabled.k, plain.k)):
+            largest = float(theirs.abs().max())
+            if not float((ours - theirs).abs().max()) <= tolerance * largest:
+                raise UnsupportedModel(
+                    f"In the first layer of {self._location.name} ('{self._config.model_type}') queries and keys depend on "
+                    "more than the token and its position, so tables cannot give them. Use another model, or --method "
+                    "ladm, which runs the whole model."
+                )
+        return {"heads": plain.q.shape[1], "kv_heads": plain.k.shape[1], "head_dim": plain.q.shape[-1]}
+
+
+class _Stage(nn.Module):
+    """A step on the way from token to query and key, that gives `answer` in place of its own result when it has one.
+
+    "entrance": up to the normed embedding, answered by a blank. "projection": a linear map of the normed embedding,
+    answered from its table. "unused": one that queries and keys do not depend on, always answered by zeros.
+    """
+
+    def __init__(self, inner: nn.Module, role: str, width: int) -> None:
+        super().__init__()
+        self.inner, self.role, self.width = inner, role, width
+        self.answer: torch.Tensor | None = None
+        self._made: torch.Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.inner.parameters()).dtype
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        if self.answer is not None:
+            return self.answer
+        if self.role == "unused":
+            return self.blank(given[..., 0])
+        made: torch.Tensor = self.inner(given)
+        self._made = made if self.role == "projection" else None
+        return made
+
+    def blank(self, like: torch.Tensor) -> torch.Tensor:
+        """Zeros (batch, length, width) for a `like` of (batch, length), that take no memory."""
+        return torch.zeros((), dtype=self.dtype, device=like.device).expand(*like.shape, self.width)
+
+    def taken(self) -> torch.Tensor:
+        """The result of the last own computation, handed out once."""
+        assert self._made is not None
+        made, self._made = self._made, None
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    weights: list[str]  # names of the parameters that queries and keys depend on
+    roles: dict[str, tuple[str, int]]  # module name → role and width of its output
+
+
+def _observe(network: nn.Module, input_ids: torch.Tensor) -> Seen:
+    calls: list[Seen] = []
+
+    def observer(seen: Seen) -> torch.Tensor:
+        calls.append(seen)
+        raise Enough
+
+    run(network, input_ids, observer)
+    if not calls or calls[0].attention.layer != 0:
+        raise UnsupportedModel(
+            "The model's first layer has no attention that can be observed. Use another model."
+        )
+    return calls[0]
+
+
+def _trace(network: nn.Module, config: Any, device: torch.device) -> _Trace:
+    """Follow two tokens to the first layer's queries and keys."""
+    calls: list[tuple[str, nn.Module, Any, Any]] = []
+    hooks = [
+        module.register_forward_hook(lambda m, given, made, name=name: calls.append((name, m, given, made)))
+        for name, module in network.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    try:
+        with torch.enable_grad():
+            attention = _observe(network, torch.zeros(1, 2, dtype=torch.int64, device=device)).attention
+    finally:
+        for hook in hooks:
+            hook.remove()
+    needed = _leaves(attention.q, attention.k)
+    weights = [name for name, parameter in network.named_parameters() if id(parameter) in needed]
+    start = next((i for i, (_, module, _, _) in enumerate(calls) if isinstance(module, nn.Linear)), None)
+    if start is None:
+        raise UnsupportedModel(
+            f"The first layer of the architecture '{config.model_type}' has no linear projections of a known kind, "
+            "so tables of it cannot be made. Use another model."
+        )
+    normed = calls[start][2][0]
+    roles = {name: ("entrance", made.shape[-1]) for name, _, _, made in calls[:start]}
+    for name, module, given, made in calls[start:]:
+        if isinstance(module, nn.Linear) and given and given[0] is normed:
+            used = any(id(parameter) in needed for parameter in module.parameters())
+            roles[name] = ("projection" if used else "unused", made.shape[-1])
+    return _Trace(weights, roles)
+
+
+def _leaves(*tensors: torch.Tensor) -> set[int]:
+    """The ids of the parameters that `tensors` were computed from, out of the recorded graph."""
+    leaves: set[int] = set()
+    visited: set[Any] = set()
+    nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        nodes.extend(parent for parent, _ in node.next_functions)
+    return leaves
+
+
+def _place(network: nn.Module, weights: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put `weights` and all buffers on `device`; every other parameter becomes zeros that take no memory."""
+    for name, module in network.named_modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            read = weights.get(f"{name}.{leaf}" if name else leaf)
+            if read is None:
+                value = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+            elif read.shape != parameter.shape:
+                raise ModelError(
+                    f"The checkpoint's '{name}.{leaf}' has the shape {tuple(read.shape)} and its config.json says "
+                    f"{tuple(parameter.shape)}: they do not belong together."
+                )
+            else:
+                value = read.to(device=device, dtype=parameter.dtype)
+            setattr(module, leaf, nn.Parameter(value))
+        for leaf, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, leaf, buffer.to(device))
+
+
+def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
+    """Read the model's `names`, which the checkpoint keeps under one common prefix such as "model."."""
+    stored = checkpoint.names()
+    prefixes = {
+        name.removesuffix(names[0]) for name in stored if name == names[0] or name.endswith(f".{names[0]}")
+    }
+    complete = [prefix for prefix in prefixes if all(prefix + name in stored for name in names)]
+    if len(complete) != 1:
+        raise ModelError(
+            f"{checkpoint.location.name} does not hold the first layer under the names that its architecture gives it "
+            f"(looked for …{names[0]} and {len(names) - 1} more). Use a checkpoint saved by transformers."
+        )
+    read = checkpoint.read(complete[0] + name for name in names)
+    return {name: read[complete[0] + name] for name in names}
+
+
+def _install(network: nn.Module, trace: _Trace) -> None:
+    for name, (role, width) in trace.roles.items():
+        parent, _, child = name.rpartition(".")
+        stage = _Stage(network.get_submodule(name), role, width)
+        setattr(network.get_submodule(parent), child, stage)

@@ -1,0 +1,223 @@
+"""The full calculator: queries and keys of every global layer of a causal language model, in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel
+
+from longsift.attention import causal_attention
+from longsift.calculators import LayerAttention
+from longsift.calculators.checkpoint import SINGLE, Location, locate
+from longsift.calculators.interface import (
+    BACKEND,
+    Enough,
+    Seen,
+    build_unallocated,
+    check_ids,
+    choose_dtype,
+    keep_layers,
+    quiet,
+    read_config,
+    rope_of,
+    run,
+)
+from longsift.errors import ModelError, UnsupportedModel, UsageError
+
+T = TypeVar("T")
+
+
+class FullModel:
+    """Queries and keys of a model's layers, as one forward makes them. Make it with `FullModel.load`.
+
+    Attributes:
+        vocab_size: token ids are below this.
+        max_length: the longest window that the model's configuration states, in tokens; None when it states none.
+            Longer windows are computed all the same.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: Any,
+        location: Location,
+        device: torch.device,
+        layers: tuple[int, ...] | None,
+    ) -> None:
+        self.vocab_size = int(config.vocab_size)
+        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._network, self._config, self._location, self._device = network, config, location, device
+        self._layers = layers
+        probe: dict[int, Seen] = {}
+
+        def look(seen: Seen) -> torch.Tensor:
+            probe[seen.attention.layer] = seen
+            return _attention_output(seen)
+
+        run(network, torch.zeros(1, 2, dtype=torch.int64, device=device), look)
+        if sorted(probe) != list(range(config.num_hidden_layers)):
+            raise UnsupportedModel(
+                f"Of the {config.num_hidden_layers} layers of {location.name} ('{config.model_type}') only "
+                f"{sorted(probe)} have an attention that can be observed. Use another model."
+            )
+        self._windows = {layer: probe[layer].window for layer in sorted(probe)}
+        first = probe[0].attention
+        self._dtype = first.q.dtype
+        self._shape = {"heads": first.q.shape[1], "kv_heads": first.k.shape[1], "head_dim": first.q.shape[-1]}
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        layers: Sequence[int] | None = None,
+        rope_theta: float | None = None,
+        trust_remote_code: bool = False,
+    ) -> FullModel:
+        """Read a model, up to the last layer that is wanted.
+
+        Args:
+            model: "embedded", a folder, a `.safetensors` file or a hub id (see `longsift.calculators.checkpoint.locate`).
+            revision: branch, tag or commit of a hub model.
+            device: where the model runs.
+            dtype: the type it runs in; by default float32 on a CPU and the checkpoint's type elsewhere.
+            layers: the layers to measure, counted from 0; by default every layer that sees the whole window.
+            rope_theta: another RoPE base; the rest of the RoPE settings stays.
+            trust_remote_code: let transformers run code that comes with the checkpoint.
+
+        Raises:
+            ModelError: the checkpoint cannot be found or read.
+            UnsupportedModel: an architecture whose attention cannot be measured faithfully.
+            UsageError: `layers` that the model does not have; `rope_theta` for a model without RoPE.
+        """
+        location = locate(model, revision)
+        target = torch.device(device)
+        config = read_config(location, trust_remote_code=trust_remote_code, rope_theta=rope_theta)
+        total = int(config.num_hidden_layers)
+        wanted = None if layers is None else tuple(sorted(set(layers)))
+        if wanted is not None and (not wanted or wanted[0] < 0 or wanted[-1] >= total):
+            raise UsageError(
+                f"--layers {list(layers or ())}: {location.name} has the layers 0 to {total - 1}."
+            )
+        config = keep_layers(config, total if wanted is None else wanted[-1] + 1)
+        chosen = choose_dtype(config, target, dtype)
+        build_unallocated(
+            config, chosen, trust_remote_code=trust_remote_code
+        )  # refuses before anything is fetched
+        network = _load_network(location.downloaded(), config, chosen, trust_remote_code=trust_remote_code)
+        return cls(network.to(target), config, location, target, wanted)
+
+    def global_layers(self, length: int) -> tuple[int, ...]:
+        """The layers that are measured in a window of `length` tokens: those wanted whose every query sees its whole past.
+
+        Raises:
+            ModelError: there is none, or a layer that was asked for by number sees less.
+        """
+        seeing = tuple(layer for layer, window in self._windows.items() if window is None or window >= length)
+        if self._layers is not None and (short := sorted(set(self._layers) - set(seeing))):
+            raise ModelError(
+                f"--layers names {short} of {self._location.name}, which see only a sliding window of "
+                f"{self._windows[short[0]]} tokens in a window of {length}. Its global layers are {list(seeing)}."
+            )
+        if not seeing:
+            raise ModelError(
+                f"No layer of {self._location.name} sees the whole of a window of {length} tokens. Use shorter windows or "
+                "another model."
+            )
+        return self._layers if self._layers is not None else seeing
+
+    def reduce(self, input_ids: torch.Tensor, reduction: Callable[[LayerAttention], T]) -> dict[int, T]:
+        """Run whole windows through the model and reduce each measured layer's queries and keys as they are made.
+
+        The forward ends at the last measured layer's queries and keys; no cache, no logits.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            reduction: from a layer's queries and keys to what is kept of them; it must not keep these themselves if
+                memory matters.
+
+        Returns:
+            What `reduction` gave, by layer.
+
+        Raises:
+            ModelError: an id outside the vocabulary, or no layer to measure (see `global_layers`).
+        """
+        ids = check_ids(input_ids, self.vocab_size, self._device)
+        measured = set(self.global_layers(ids.shape[1]))
+        results: dict[int, T] = {}
+
+        def observer(seen: Seen) -> torch.Tensor:
+            layer = seen.attention.layer
+            if layer in measured:
+                results[layer] = reduction(seen.attention)
+                if len(results) == len(measured):
+                    raise Enough
+            return _attention_output(seen)
+
+        run(self._network, ids, observer)
+        return results
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records of this calculator, as plain values."""
+        return {
+            "kind": "full",
+            "model": self._location.name,
+            "revision": self._location.revision,
+            "architecture": self._config.model_type,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "device": str(self._device),
+            "rope": rope_of(self._config),
+            **self._shape,
+            "vocab_size": self.vocab_size,
+            "max_length": self.max_length,
+            "layers": None if self._layers is None else list(self._layers),
+            "sliding_windows": list(self._windows.values()),
+        }
+
+
+def _attention_output(seen: Seen) -> torch.Tensor:
+    attention = seen.attention
+    window = seen.window if seen.window is not None and seen.window < attention.q.shape[2] else None
+    return causal_attention(
+        attention.q,
+        attention.k,
+        seen.value,
+        scale=attention.scale,
+        softcap=attention.softcap,
+        sliding_window=window,
+    )
+
+
+def _load_network(
+    location: Location, config: Any, dtype: torch.dtype, *, trust_remote_code: bool
+) -> nn.Module:
+    named = location.weights == SINGLE or location.weights.endswith(".json")
+    try:
+        with quiet():
+            network, info = AutoModel.from_pretrained(
+                location.folder if named else None,
+                state_dict=None if named else load_file(f"{location.folder}/{location.weights}"),
+                config=config,
+                dtype=dtype,
+                attn_implementation=BACKEND,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"The weights of {location.name} cannot be loaded: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{location.name} lacks {len(missing)} tensors of the model that its config.json describes, for example "
+            f"'{missing[0]}'. Use a checkpoint saved by transformers for this very model."
+        )
+    loaded: nn.Module = network.eval()
+    return loaded.requires_grad_(False)
