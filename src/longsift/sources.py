@@ -1,0 +1,160 @@
+"""Finding the files of documents that a user names, on any file system that fsspec knows."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from longsift.errors import InputError
+
+FORMATS = {
+    **{
+        ending + compression: "jsonl" + kind
+        for compression, kind in {"": "", ".gz": ".gz", ".zst": ".zst", ".zstd": ".zst"}.items()
+        for ending in (".jsonl", ".json", ".ndjson")
+    },
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""The endings that can be read, and the format that each one means."""
+
+_ENDINGS = ", ".join(FORMATS)
+
+# What `datasets` and the Hub put beside data: JSON by its ending, but not documents.
+_SIDECARS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file of documents.
+
+    Attributes:
+        url: what fsspec opens: an absolute local path, or `s3://…`, `hf://…`.
+        name: the path below the folder that all sources share, without its ending where it is unique so; ids
+            of rows that have none begin with it.
+        format: a value of `FORMATS`.
+        size: bytes of the file.
+    """
+
+    url: str
+    name: str
+    format: str
+    size: int
+
+
+def find_sources(inputs: Sequence[str]) -> list[Source]:
+    """List the files that the inputs name, sorted by url, each once.
+
+    Args:
+        inputs: files, folders (searched recursively), globs, datasets written by `save_to_disk`; local or on
+            any fsspec file system: `s3://bucket/folder`, `hf://datasets/org/name@revision`. In folders and
+            globs, files with other endings and names that begin with "." or "_" are left out.
+
+    Raises:
+        InputError: an input cannot be listed, or names no file that can be read.
+    """
+    sizes: dict[str, int] = {}
+    for given in inputs:
+        found = _find(given)
+        if not found:
+            raise InputError(
+                f"no documents in {given!r}: longsift reads files that end in {_ENDINGS}. "
+                "Check the path, or quote a glob so that the shell leaves it alone"
+            )
+        sizes.update(found)
+    names = _names(sorted(sizes))
+    return [Source(url, names[url], FORMATS[_ending(url)], sizes[url]) for url in sorted(sizes)]
+
+
+def _find(given: str) -> dict[str, int]:
+    """Sizes by url of the files that one input names."""
+    try:
+        fs, path = fsspec.core.url_to_fs(given)
+        if isinstance(fs, LocalFileSystem):
+            path = os.path.abspath(path)  # "a/../b" and "b" are one file
+        if glob.has_magic(path) and not fs.exists(path):
+            return _find_glob(fs, path)
+        info = fs.info(path)
+        if info["type"] == "directory":
+            return _find_folder(fs, info["name"])
+    except FileNotFoundError as error:
+        raise InputError(f"{given!r} does not exist: check the path") from error
+    except ImportError as error:
+        if given.startswith(("s3://", "s3a://")):
+            raise InputError(f"reading {given!r} needs s3fs: pip install 'longsift[s3]'") from error
+        raise InputError(f"reading {given!r} needs another package: {error}") from error
+    except Exception as error:  # each file system has its own exceptions for a refused or failed listing
+        raise InputError(f"cannot list {given!r}: {type(error).__name__}: {error}") from error
+    if not _ending(path):
+        raise InputError(f"cannot tell the format of {given!r}: longsift reads files that end in {_ENDINGS}")
+    return {_url(fs, path): int(info["size"])}
+
+
+def _find_glob(fs: Any, pattern: str) -> dict[str, int]:
+    parts = pattern.split("/")
+    magic = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root = "/".join(parts[:magic])
+    files: dict[str, int] = {}
+    for path, info in fs.glob(pattern, detail=True).items():
+        if _is_hidden(path, root):
+            continue
+        if info["type"] == "directory":
+            files.update(_find_folder(fs, path))
+        elif _is_data(path):
+            files[_url(fs, path)] = int(info["size"])
+    return files
+
+
+def _find_folder(fs: Any, root: str) -> dict[str, int]:
+    listing = fs.find(root, detail=True)
+    # A folder of `save_to_disk` lists its own files; others in it are caches of `map` and `filter`.
+    saved: dict[str, set[str]] = {}
+    for path in listing:
+        folder, name = posixpath.split(path)
+        if name == "state.json" and posixpath.join(folder, "dataset_info.json") in listing:
+            state = json.loads(fs.cat_file(path))
+            saved[folder] = {posixpath.join(folder, file["filename"]) for file in state["_data_files"]}
+    return {
+        _url(fs, path): int(info["size"])
+        for path, info in listing.items()
+        if _is_data(path)
+        and not _is_hidden(path, root)
+        and path in saved.get(posixpath.dirname(path), {path})
+    }
+
+
+def _url(fs: Any, path: str) -> str:
+    if isinstance(fs, LocalFileSystem):
+        return path
+    return str(fs.unstrip_protocol(path))
+
+
+def _ending(path: str) -> str:
+    return next((ending for ending in FORMATS if path.lower().endswith(ending)), "")
+
+
+def _is_data(path: str) -> bool:
+    return _ending(path) != "" and posixpath.basename(path) not in _SIDECARS
+
+
+def _is_hidden(path: str, root: str) -> bool:
+    return any(part.startswith((".", "_")) for part in path[len(root) :].split("/"))
+
+
+def _names(urls: Sequence[str]) -> dict[str, str]:
+    """A short name for each file: its path below the shared folder, without the ending if all stay unique."""
+    parts = [url.split("/") for url in urls]
+    shared = 0
+    while all(len(own) > shared + 1 and own[shared] == parts[0][shared] for own in parts):
+        shared += 1
+    paths = {url: "/".join(own[shared:]) for url, own in zip(urls, parts, strict=True)}
+    bare = {url: path[: -len(_ending(path))] for url, path in paths.items()}
+    return bare if len(set(bare.values())) == len(bare) else paths

@@ -1,0 +1,420 @@
+"""Documents become windows: tokenised, then cut by LongAttn's rule, in the order in which they came.
+
+Texts go through the fast backend of a transformers tokenizer. The ids of a window are those of its whole
+document's tokenisation, and its text is an exact slice of the document: nothing is tokenised a second time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from longsift.documents import BadRow, Document, excerpt
+from longsift.errors import ModelError, UsageError
+from longsift.tables import WINDOWS
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Characters tokenised in one call: enough for every core; their encodings take some hundred MB.
+_BATCH_CHARS = 4 << 20
+# Longer texts are tokenised in parts, so that one book uses every core and bounded memory.
+_PART_CHARS = 1 << 18
+# Text on either side of a place, with which it is checked that the place parts tokens cleanly.
+_CONTEXT_CHARS = 2048
+# Places checked in one stretch before it is left whole.
+_TRIES = 4
+# Pre-tokenizers begin anew after a line break with ink on both sides.
+_PLACE = re.compile(r"\S\n(?=\S)")
+
+
+_T = TypeVar("_T")
+
+
+def window_starts(n: int, length: int) -> list[int]:
+    """Where the windows of a document of `n` tokens start (LongAttn, arXiv 2502.16860).
+
+    While more than three lengths remain, a window is taken from the front and one from the back. The rest
+    gives its front and its back, and its middle where it is longer than two lengths; only these can overlap.
+
+    Args:
+        n: tokens of the document.
+        length: tokens of a window, at least 1.
+
+    Returns:
+        Offsets in tokens, ascending: [] for a document shorter than a window, [0] for one just as long.
+
+    >>> window_starts(90, 20)  # 0 and 70 first; then front, middle and back of the 50 tokens between
+    [0, 20, 35, 50, 70]
+    """
+    if n <= length:
+        return [0] if n == length else []
+    starts = []
+    front, back = 0, n
+    while back - front > 3 * length:
+        starts += [front, back - length]
+        front, back = front + length, back - length
+    starts += [front, back - length]
+    if back - front > 2 * length:
+        starts.append(front + (back - front - length) // 2)
+    return sorted(starts)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The tokens of one text, without special tokens.
+
+    Attributes:
+        ids: (n,) int32.
+        offsets: (n, 2) int64, first character and end of each token; two tokens may share a character.
+    """
+
+    ids: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+
+
+class WindowTokenizer:
+    """A fast tokenizer that gives ids and character offsets, using every core.
+
+    Attributes:
+        prefix, suffix: (p,) and (s,) int32, special tokens that the model puts around every input.
+    """
+
+    def __init__(self, backend: Tokenizer) -> None:
+        """Take over a `tokenizers.Tokenizer`: its truncation, padding and post-processor are removed.
+
+        Raises:
+            ModelError: the special tokens that it adds are not a prefix and a suffix.
+        """
+        backend.no_truncation()
+        backend.no_padding()
+        self.prefix, self.suffix = _special_tokens(backend)
+        # It would add the special tokens to each part of a text, and trim white space off the offsets.
+        backend.post_processor = None
+        self._backend = backend
+
+    @classmethod
+    def load(
+        cls, model: str, revision: str | None = None, trust_remote_code: bool = False
+    ) -> WindowTokenizer:
+        """Load the tokenizer of a model.
+
+        Args:
+            model: a local folder, a `.safetensors` file in one, or an id on the Hub, `org/name` or
+                `org/name@revision`.
+            revision: branch, tag or commit on the Hub; wins over one in `model`.
+            trust_remote_code: run Python that comes with the model.
+
+        Raises:
+            ModelError: there is no tokenizer, or none with a fast backend.
+        """
+        from transformers import AutoTokenizer
+
+        name = model
+        if model.endswith(".safetensors") and Path(model).is_file():
+            name = str(Path(model).parent)
+        elif not Path(model).exists():
+            name, _, given = model.partition("@")
+            revision = revision or given or None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code, use_fast=True
+            )
+        except Exception as error:  # transformers and the Hub have many; all mean the same here
+            raise ModelError(
+                f"no tokenizer for {model!r}: {error}\n"
+                "Give a folder that holds tokenizer.json, or a model id on the Hugging Face Hub"
+            ) from error
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError(
+                f"the tokenizer of {model!r} ({type(tokenizer).__name__}) has no fast backend, which "
+                "longsift needs: add a tokenizer.json to the model"
+            )
+        return cls(backend)
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokenise texts, each as if alone and in one piece.
+
+        Long texts are tokenised in parts. Each cut between two parts is checked: the tokens of the text
+        around it must be those of its two sides; where no cut holds, the text stays whole. The tokenizers
+        library runs parts and texts on all cores (`TOKENIZERS_PARALLELISM`).
+        """
+        collected: list[list[Encoded]] = [[] for _ in texts]
+        parts = ((index, *span) for index, text in enumerate(texts) for span in self._spans(text))
+        for batch in _batches(parts, lambda part: part[2] - part[1]):
+            encodings = self._encode([texts[index][start:end] for index, start, end in batch])
+            for (index, start, _), part in zip(batch, encodings, strict=True):
+                collected[index].append(Encoded(part.ids, part.offsets + start))
+        return [
+            Encoded(np.concatenate([p.ids for p in parts]), np.concatenate([p.offsets for p in parts]))
+            for parts in collected
+        ]
+
+    def _encode(self, texts: Sequence[str]) -> list[Encoded]:
+        return [
+            Encoded(np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int64).reshape(-1, 2))
+            for e in self._backend.encode_batch(texts, add_special_tokens=False)
+        ]
+
+    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Consecutive (start, end) of the parts of a text that can be tokenised alone."""
+        start, end = 0, -1
+        while end < len(text):
+            end = self._next_cut(text, start)
+            yield start, end
+            start = end
+
+    def _next_cut(self, text: str, start: int) -> int:
+        for stretch in range(start + _PART_CHARS, len(text), _PART_CHARS):
+            places = _PLACE.finditer(text, stretch, stretch + _PART_CHARS)
+            for match in itertools.islice(places, _TRIES):
+                if self._parts_cleanly(text, match.end()):
+                    return match.end()
+        return len(text)
+
+    def _parts_cleanly(self, text: str, place: int) -> bool:
+        left, right = text[max(0, place - _CONTEXT_CHARS) : place], text[place : place + _CONTEXT_CHARS]
+        both, first, second = self._encode([left + right, left, right])
+        return np.array_equal(both.ids, np.concatenate([first.ids, second.ids])) and np.array_equal(
+            both.offsets, np.concatenate([first.offsets, second.offsets + len(left)])
+        )
+
+
+def _special_tokens(backend: Tokenizer) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    plain = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    for start in range(len(full) - len(plain) + 1):
+        if plain and full[start : start + len(plain)] == plain:
+            prefix, suffix = full[:start], full[start + len(plain) :]
+            return np.array(prefix, dtype=np.int32), np.array(suffix, dtype=np.int32)
+    raise ModelError(
+        f"the tokenizer turns 'a' into {full} with special tokens and into {plain} without: "
+        "longsift can only use special tokens that stand before or after the text"
+    )
+
+
+@dataclass(slots=True)
+class Window:
+    """One row of the windows table; see `longsift.tables.WINDOWS`.
+
+    Attributes:
+        window_id: `<doc_id>:<index>`.
+        doc_id, group: as in the document.
+        index: 0-based, in the order of `start`.
+        start: offset in the document's own tokens.
+        input_ids: (n_tokens,) int32, special tokens included.
+        text: the characters that the window covers; None for rows of ids without text.
+        metadata: the document's other columns, a JSON object.
+    """
+
+    window_id: str
+    doc_id: str
+    group: str
+    index: int
+    start: int
+    input_ids: npt.NDArray[np.int32]
+    text: str | None
+    metadata: str
+
+
+@dataclass(slots=True)
+class TooShort:
+    """A document with fewer tokens than a window has room for."""
+
+    doc_id: str
+    group: str
+    n_tokens: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the rows of one source: `add` what `cut_windows` yields."""
+
+    documents: int = 0  # too short ones included, bad rows not
+    too_short: int = 0
+    too_short_tokens: int = 0
+    windows: int = 0
+    tokens: int = 0  # in windows, special and overlapping ones included
+    bad_rows: Counter[str] = field(default_factory=Counter)  # by reason
+
+    def add(self, row: Window | TooShort | BadRow) -> None:
+        match row:
+            case Window():
+                self.documents += row.index == 0
+                self.windows += 1
+                self.tokens += len(row.input_ids)
+            case TooShort():
+                self.documents += 1
+                self.too_short += 1
+                self.too_short_tokens += row.n_tokens
+            case BadRow():
+                self.bad_rows[row.reason] += 1
+
+
+def cut_windows(
+    rows: Iterable[Document | BadRow], tokenizer: WindowTokenizer | None = None, length: int | None = None
+) -> Iterator[Window | TooShort | BadRow]:
+    """Cut documents into windows, keeping their order; bad rows pass through.
+
+    Args:
+        rows: what `read_documents` yields. A document of ids becomes one window as it is, of any length.
+        tokenizer: of the model that will score; not needed where all documents are ids.
+        length: tokens of a window, special tokens included; not needed where all documents are ids.
+
+    Yields:
+        For each document its `Window`s, or `TooShort`; a `BadRow` where the tokenizer fails on it.
+
+    Raises:
+        UsageError: a text comes without a tokenizer or length, or the length leaves no room for text.
+    """
+    if tokenizer and length is not None and length <= len(tokenizer.prefix) + len(tokenizer.suffix):
+        raise UsageError(f"a window of {length} tokens has no room for text: give a larger --window")
+    for batch in _batches(rows, _weight):
+        texts = [row for row in batch if isinstance(row, Document) and row.input_ids is None]
+        cuts = _cut_texts(texts, tokenizer, length)
+        for row in batch:
+            if isinstance(row, BadRow):
+                yield row
+            elif row.input_ids is not None:
+                yield _window(row, 0, 0, row.input_ids, row.text)
+            else:
+                yield from next(cuts)
+
+
+def _weight(row: Document | BadRow) -> int:
+    if isinstance(row, BadRow):
+        return len(row.excerpt)
+    return len(row.text or ()) + (0 if row.input_ids is None else len(row.input_ids))
+
+
+def _batches(items: Iterable[_T], weight: Callable[[_T], int]) -> Iterator[list[_T]]:
+    """Consecutive items, each list closed by the item that makes it weigh `_BATCH_CHARS` or more."""
+    batch: list[_T] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += weight(item)
+        if total >= _BATCH_CHARS:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
+def _cut_texts(
+    documents: Sequence[Document], tokenizer: WindowTokenizer | None, length: int | None
+) -> Iterator[list[Window | TooShort | BadRow]]:
+    """What becomes of each document of text, in order."""
+    if not documents:
+        return
+    if tokenizer is None or length is None:
+        raise UsageError("documents of text need a tokenizer and a window length: give --model and --window")
+    room = length - len(tokenizer.prefix) - len(tokenizer.suffix)
+    for document, encoded in zip(documents, _encode_each(tokenizer, documents), strict=True):
+        if isinstance(encoded, BaseException):
+            reason = f"tokenizer failed: {type(encoded).__name__}"
+            yield [BadRow(document.file, document.row, reason, excerpt(str(encoded)))]
+        elif len(encoded.ids) < room:
+            yield [TooShort(document.doc_id, document.group, len(encoded.ids))]
+        else:
+            windows: list[Window | TooShort | BadRow] = []
+            for index, start in enumerate(window_starts(len(encoded.ids), room)):
+                end = start + room
+                ids = np.concatenate([tokenizer.prefix, encoded.ids[start:end], tokenizer.suffix])
+                covered = slice(encoded.offsets[start, 0], encoded.offsets[end - 1, 1])
+                windows.append(_window(document, index, start, ids, (document.text or "")[covered]))
+            yield windows
+
+
+def _encode_each(tokenizer: WindowTokenizer, documents: Sequence[Document]) -> list[Encoded | BaseException]:
+    """The tokens of each document's text, or the error that the tokenizer raised on it."""
+    try:
+        return [*tokenizer.encode([document.text or "" for document in documents])]
+    except BaseException as error:
+        # A panic of the Rust library is no Exception; its type can only be told by name.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if len(documents) == 1:
+            return [error]
+        return [encoded for document in documents for encoded in _encode_each(tokenizer, [document])]
+
+
+def _window(
+    document: Document, index: int, start: int, input_ids: npt.NDArray[np.int32], text: str | None
+) -> Window:
+    return Window(
+        window_id=f"{document.doc_id}:{index}",
+        doc_id=document.doc_id,
+        group=document.group,
+        index=index,
+        start=start,
+        input_ids=input_ids,
+        text=text,
+        metadata=json.dumps(document.metadata, ensure_ascii=False, allow_nan=False),
+    )
+
+
+def windows_table(windows: Sequence[Window]) -> pa.Table:
+    """The windows as a table with the schema `WINDOWS`; fewer than 2³¹ tokens in all."""
+    n_tokens = [len(window.input_ids) for window in windows]
+    ends = np.cumsum([0, *n_tokens], dtype=np.int32)
+    ids = np.concatenate([np.empty(0, dtype=np.int32), *(window.input_ids for window in windows)])
+    return pa.table(
+        {
+            "window_id": [window.window_id for window in windows],
+            "doc_id": [window.doc_id for window in windows],
+            "group": [window.group for window in windows],
+            "index": [window.index for window in windows],
+            "start": [window.start for window in windows],
+            "n_tokens": n_tokens,
+            "input_ids": pa.ListArray.from_arrays(ends, ids),
+            "text": [window.text for window in windows],
+            "metadata": [window.metadata for window in windows],
+        },
+        schema=WINDOWS,
+    )
+
+
+def sample_key(window_id: str, seed: int) -> int:
+    """A uniform 64-bit key of a window; the windows with the N smallest keys are a random sample of N.
+
+    It depends on the id and the seed only, so the sample is the same however many workers read, in any order.
+    """
+    key = seed.to_bytes(8, "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(window_id.encode(), digest_size=8, key=key).digest(), "little")
+
+
+class BottomK:
+    """Tells of each key in a stream whether it is among the n smallest so far, holding n keys."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._negated: list[int] = []  # a heap whose first is the largest kept key
+
+    def offer(self, key: int) -> bool:
+        """Whether the key is among the n smallest so far; of equal keys the first wins."""
+        if len(self._negated) < self._n:
+            heapq.heappush(self._negated, -key)
+            return True
+        if not self._negated or key >= -self._negated[0]:
+            return False
+        heapq.heapreplace(self._negated, -key)
+        return True
+
+    @property
+    def threshold(self) -> int | None:
+        """The largest kept key: at the end, keys up to it are the n smallest. None while no key is kept."""
+        return -self._negated[0] if self._negated else None
