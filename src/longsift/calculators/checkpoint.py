@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -216,9 +216,14 @@ class Checkpoint:
         self._headers: dict[str, tuple[dict[str, Any], int, int]] = {}
         self._file_of = self._read_index()
 
-    def names(self) -> frozenset[str]:
-        """The names of all its tensors."""
-        return frozenset(self._file_of)
+    def prefix_of(self, names: Sequence[str]) -> str | None:
+        """The one prefix, such as "model.", under which it holds every one of a model's `names`; else None."""
+        first = names[0]
+        prefixes = {
+            stored.removesuffix(first) for stored in self._file_of if f".{stored}".endswith(f".{first}")
+        }
+        complete = [prefix for prefix in prefixes if all(prefix + name in self._file_of for name in names)]
+        return complete[0] if len(complete) == 1 else None
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, in the type that they are stored in.

@@ -337,19 +337,14 @@ def _place(network: nn.Module, weights: dict[str, torch.Tensor], device: torch.d
 
 
 def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
-    """Read the model's `names`, which the checkpoint keeps under one common prefix such as "model."."""
-    stored = checkpoint.names()
-    prefixes = {
-        name.removesuffix(names[0]) for name in stored if name == names[0] or name.endswith(f".{names[0]}")
-    }
-    complete = [prefix for prefix in prefixes if all(prefix + name in stored for name in names)]
-    if len(complete) != 1:
+    prefix = checkpoint.prefix_of(names)
+    if prefix is None:
         raise ModelError(
-            f"{checkpoint.location.name} does not hold the first layer under the names that its architecture gives it "
-            f"(looked for …{names[0]} and {len(names) - 1} more). Use a checkpoint saved by transformers."
+            f"{checkpoint.location.name} does not hold the first layer under the names that its architecture "
+            f"gives it (looked for …{names[0]} and {len(names) - 1} more). Use a checkpoint saved by transformers."
         )
-    read = checkpoint.read(complete[0] + name for name in names)
-    return {name: read[complete[0] + name] for name in names}
+    read = checkpoint.read(prefix + name for name in names)
+    return {name: read[prefix + name] for name in names}
 
 
 def _install(network: nn.Module, trace: _Trace) -> None:

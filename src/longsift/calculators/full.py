@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from transformers import AutoModel
 
 from longsift.attention import causal_attention
 from longsift.calculators import LayerAttention
-from longsift.calculators.checkpoint import SINGLE, Location, locate
+from longsift.calculators.checkpoint import SINGLE, Checkpoint, Location, locate
 from longsift.calculators.interface import (
     BACKEND,
     Enough,
@@ -109,10 +110,11 @@ class FullModel:
             )
         config = keep_layers(config, total if wanted is None else wanted[-1] + 1)
         chosen = choose_dtype(config, target, dtype)
-        build_unallocated(
-            config, chosen, trust_remote_code=trust_remote_code
-        )  # refuses before anything is fetched
-        network = _load_network(location.downloaded(), config, chosen, trust_remote_code=trust_remote_code)
+        # Refuses what cannot be measured before any weights are fetched.
+        plan = build_unallocated(config, chosen, trust_remote_code=trust_remote_code)
+        network = _load_network(
+            location.downloaded(), config, plan, chosen, trust_remote_code=trust_remote_code
+        )
         return cls(network.to(target), config, location, target, wanted)
 
     def global_layers(self, length: int) -> tuple[int, ...]:
@@ -197,8 +199,12 @@ def _attention_output(seen: Seen) -> torch.Tensor:
 
 
 def _load_network(
-    location: Location, config: Any, dtype: torch.dtype, *, trust_remote_code: bool
+    location: Location, config: Any, plan: nn.Module, dtype: torch.dtype, *, trust_remote_code: bool
 ) -> nn.Module:
+    # A language model saved as part of a larger one has its tensors under a prefix that the library does not
+    # expect. There is no such prefix where it must convert tensors, as for experts; these names it knows.
+    prefix = Checkpoint(location).prefix_of([name for name, _ in plan.named_parameters()])
+    expected = ("", f"{plan.base_model_prefix}.", None)
     named = location.weights == SINGLE or location.weights.endswith(".json")
     try:
         with quiet():
@@ -206,6 +212,7 @@ def _load_network(
                 location.folder if named else None,
                 state_dict=None if named else load_file(f"{location.folder}/{location.weights}"),
                 config=config,
+                key_mapping={f"^{re.escape(prefix)}": ""} if prefix not in expected else None,
                 dtype=dtype,
                 attn_implementation=BACKEND,
                 use_safetensors=True,

@@ -251,7 +251,7 @@ def build_unallocated(config: Any, dtype: torch.dtype, *, trust_remote_code: boo
             network: nn.Module = AutoModel.from_config(
                 config, dtype=dtype, attn_implementation=BACKEND, trust_remote_code=trust_remote_code
             )
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise UnsupportedModel(
             f"transformers cannot build the architecture '{config.model_type}' with an attention of ours: {error}"
         ) from error
