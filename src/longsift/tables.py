@@ -56,6 +56,11 @@ SCORE_KEYS = pa.schema(
 )
 
 
+def parquet_files(folder: Path) -> list[Path]:
+    """The files of a table, in order; temporary ones are left out."""
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+
+
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, and rename it to `path` when the block ends well.

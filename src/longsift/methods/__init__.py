@@ -1,0 +1,79 @@
+"""Selection methods: what each one measures, which columns it writes, and how they become one score.
+
+A new method is one file in this folder and one line in `METHODS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import pyarrow as pa
+
+from longsift.errors import UsageError
+from longsift.selection import ScoreRule
+
+if TYPE_CHECKING:
+    import torch
+
+METHODS: dict[str, str] = {
+    "longattn": "longsift.methods.longattn:LongAttn",
+    "ladm": "longsift.methods.ladm:Ladm",
+}
+
+
+class Method(Protocol):
+    """What the scoring and selection stages ask of a method; a frozen dataclass of its parameters.
+
+    Attributes:
+        name: the registry's key.
+        calculator: the kind of model that it measures with.
+        citation: the paper, for the data set card.
+    """
+
+    name: ClassVar[str]
+    calculator: ClassVar[Literal["first_layer", "full"]]
+    citation: ClassVar[str]
+
+    def columns(self) -> tuple[pa.Field, ...]:
+        """The columns that it adds to the scores table, all nullable (null where a window failed)."""
+        ...
+
+    def shortest(self) -> int:
+        """The least number of tokens of a window that it can measure."""
+        ...
+
+    def measure(self, calculator: Any, input_ids: torch.Tensor) -> dict[str, Any]:
+        """Measure one window, `input_ids` of shape (length,); the result has one entry a column."""
+        ...
+
+    def rule(self) -> ScoreRule:
+        """How the columns become one score within a group."""
+        ...
+
+
+def build_method(name: str, **parameters: Any) -> Method:
+    """Make the method `name` with its parameters; a parameter of None keeps the method's default.
+
+    Raises:
+        UsageError: no such method, or a parameter that it does not have or cannot take.
+    """
+    if name not in METHODS:
+        raise UsageError(f"There is no method '{name}'. Choose one of: {', '.join(METHODS)}.")
+    module, _, attribute = METHODS[name].partition(":")
+    method = getattr(importlib.import_module(module), attribute)
+    given = {key: value for key, value in parameters.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(method)}
+    foreign = sorted(set(given) - known)
+    if foreign:
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in foreign)
+        takes = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(known))
+        raise UsageError(f"{flags} does not apply to the method '{name}', which takes {takes}.")
+    built: Method = method(**given)
+    return built
+
+
+def parameters_of(method: Method) -> dict[str, Any]:
+    """The parameters of a method as plain values, for a manifest; `build_method` takes them back."""
+    return dataclasses.asdict(method)  # type: ignore[call-overload, no-any-return]

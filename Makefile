@@ -1,0 +1,39 @@
+# make demo   the main job end to end on text that this machine already has, on a CPU
+# make test   the tests
+# make lint   style and types
+# make bench  the benchmarks
+PYTHON ?= python3
+BIN := .venv/bin
+
+# The constraints file pins a PyTorch without CUDA packages, so that set-up takes minutes; it is installed first
+# because a later resolver run would otherwise choose the newest build.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.PHONY: setup demo test lint bench clean
+setup: .venv/ready
+
+demo: setup
+	$(BIN)/python examples/demo_corpus.py demo/corpus.jsonl.zst
+	$(BIN)/longsift run demo/corpus.jsonl.zst -o demo/longattn --window 4096 --sample 48 --keep 0.25 --method longattn
+	$(BIN)/longsift score demo/longattn -o demo/ladm --method ladm
+	$(BIN)/longsift select demo/ladm --keep 0.25
+	$(BIN)/longsift report demo/ladm
+	@echo "Look at demo/longattn/report.html and demo/ladm/report.html; the selected windows are in demo/*/selected."
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/attention_cpu.py
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,291 @@
+"""The command line: parse, call one public function, print.
+
+Data goes to files or stdout, logs and progress to stderr. Exit codes: 0 done, 1 failed or too many bad rows,
+2 usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import logging
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longsift import __version__
+from longsift.errors import LongsiftError, UsageError
+from longsift.options import ModelOptions, ScoreOptions, SelectOptions, WindowOptions
+
+app = typer.Typer(
+    name="longsift",
+    help="Select long-context training data by what a language model's own attention depends on.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the defaults of all flags from a YAML file; flags on the command line win."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise typer.BadParameter(f"{path} must hold 'flag: value' lines")
+    values = {str(key).lstrip("-").replace("-", "_"): value for key, value in content.items()}
+    known = {parameter.name for parameter in context.command.params}
+    foreign = sorted(set(values) - known)
+    if foreign:
+        raise typer.BadParameter(f"{path} names flags that '{context.info_name}' does not have: {', '.join(foreign)}")
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def _set_verbosity(context: typer.Context, verbose: int) -> int:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(levelname)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    for noisy in (
+        "fsspec",
+        "urllib3",
+        "httpx",
+        "httpcore",
+        "huggingface_hub",
+        "asyncio",
+        "botocore",
+        "filelock",
+    ):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return verbose
+
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(help="Documents: files, folders, globs, s3://… or hf://datasets/org/name.", show_default=False),
+]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Throw old tables away instead of going on.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it would take.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
+Verbose = Annotated[
+    int, typer.Option("-v", "--verbose", count=True, is_eager=True, callback=_set_verbosity, help="More log.")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", is_eager=True, callback=_read_config, help="YAML file of flags; flags given here win."),
+]
+
+
+def _command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a command that turns longsift's own errors into one line and an exit code.
+
+    A parameter that is an options dataclass becomes one flag for each of its fields.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            groups[parameter.name] = hint
+            parameters.extend(_flags(hint))
+        else:
+            parameters.append(parameter.replace(annotation=hint))
+
+    @functools.wraps(function)
+    def call(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
+        try:
+            function(**values)
+        except LongsiftError as error:
+            print(f"{'usage' if isinstance(error, UsageError) else 'error'}: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("interrupted: run the same command again to go on where it stopped.", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    del call.__wrapped__
+    return app.command()(call)
+
+
+def _flags(group: type) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(group)
+    flags = []
+    for field in dataclasses.fields(group):
+        flag = field.metadata["flag"]
+        option = typer.Option(
+            *([flag] if flag else []), help=field.metadata["help"], show_default=field.default is not None
+        )
+        flags.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=Annotated[hints[field.name], option],
+            )
+        )
+    return flags
+
+
+@_command
+def run(
+    *,
+    inputs: Inputs,
+    out: Out,
+    model: ModelOptions,
+    windows: WindowOptions,
+    scores: ScoreOptions,
+    selection: SelectOptions,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Read documents, score their windows, select the best and write the report."""
+    from longsift import pipeline
+
+    if dry_run:
+        from longsift.planning import estimate
+
+        _print(estimate(inputs, model, windows, scores), as_json)
+        return
+    result = pipeline.run(inputs, out, model, windows, scores, selection, overwrite=overwrite, quiet=quiet)
+    _print(result, as_json)
+    pipeline.check_bad(out, windows.max_bad)
+
+
+@_command
+def windows(
+    *,
+    inputs: Inputs,
+    out: Out,
+    model: ModelOptions,
+    windows: WindowOptions,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Read documents and cut them into windows of token ids."""
+    from longsift import pipeline
+
+    _print(pipeline.cut(inputs, out, model, windows, overwrite=overwrite, quiet=quiet), as_json)
+    pipeline.check_bad(out, windows.max_bad)
+
+
+@_command
+def score(
+    *,
+    inputs: Annotated[list[str], typer.Argument(help="A run folder with windows, or documents.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder of the run. [default: INPUT, if it is one]")
+    ] = None,
+    model: ModelOptions,
+    windows: WindowOptions,
+    scores: ScoreOptions,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Score the windows of a run folder (or of documents, which are cut first)."""
+    from longsift import pipeline
+
+    if dry_run:
+        from longsift.planning import estimate
+
+        _print(estimate(inputs, model, windows, scores), as_json)
+        return
+    folder = pipeline.prepare_windows(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
+    _print(pipeline.score(folder, model, scores, overwrite=overwrite, quiet=quiet), as_json)
+    pipeline.check_bad(folder, windows.max_bad)
+
+
+@_command
+def select(
+    *,
+    out: Folder,
+    selection: SelectOptions,
+    alpha: Annotated[float | None, typer.Option(help="longattn: another weight of uniformity.")] = None,
+    normalize: Annotated[str | None, typer.Option(help="longattn: zscore or minmax.")] = None,
+    config: Config = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Keep the best windows of every group of a scored run; nothing is scored again."""
+    from longsift import pipeline
+
+    _print(pipeline.select(out, selection, alpha=alpha, normalize=normalize), as_json)
+
+
+@_command
+def report(*, out: Folder, as_json: Json = False, verbose: Verbose = 0) -> None:
+    """Write OUT/report.html, one page that shows what was kept and why."""
+    from longsift import pipeline
+
+    _print({"report": str(pipeline.report(out))}, as_json)
+
+
+@_command
+def status(*, out: Folder, as_json: Json = False, verbose: Verbose = 0) -> None:
+    """Show how far a run is; works while it goes on, from another shell."""
+    from longsift.status import run_status
+
+    _print(run_status(out), as_json)
+
+
+@_command
+def doctor(*, as_json: Json = False, verbose: Verbose = 0) -> None:
+    """Say what this machine can do: devices, backends, libraries."""
+    from longsift.status import machine
+
+    _print(machine(), as_json)
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"longsift {__version__}")
+        raise typer.Exit
+
+
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    from longsift.summary import render
+
+    render(result)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,241 @@
+"""The windows stage: source files become parts of the windows table, one source at a time, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from longsift.documents import BadRow, Document, ReadOptions, read_documents
+from longsift.options import ModelOptions, WindowOptions
+from longsift.progress import Progress
+from longsift.shards import RunFolder
+from longsift.sources import Source, find_sources
+from longsift.tables import QUARANTINE, parquet_files, publish
+from longsift.windows import (
+    BottomK,
+    Tally,
+    TooShort,
+    Window,
+    WindowTokenizer,
+    cut_windows,
+    sample_key,
+    windows_table,
+)
+
+DEFAULT_WINDOW = 32_768
+
+
+def cut(
+    inputs: Sequence[str],
+    out: Path | str,
+    model: ModelOptions = ModelOptions(),
+    options: WindowOptions = WindowOptions(),
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Read documents and cut them into windows of token ids, one source file at a time.
+
+    Args:
+        inputs: files, folders, globs or urls (see `longsift.documents.find_sources`).
+        out: folder of the run.
+
+    Returns:
+        Counts: documents, bad_rows, too_short, windows, tokens.
+
+    Raises:
+        InputError: nothing to read, or a source that cannot be opened.
+        OutputError: the folder holds windows of another run.
+    """
+    folder = RunFolder(out)
+    sources = find_sources(inputs)
+    cutter = Cutter(model, options)
+    identity = {
+        "inputs": [[source.url, source.size] for source in sources],
+        "model": model.model or "embedded",
+        "revision": model.revision,
+        "text_key": options.text_key,
+        "id_key": options.id_key,
+        "group_by": options.group_by,
+        "tab_ids": options.tab_ids,
+        "window": options.window,
+        "sample": options.sample,
+        "seed": options.seed if options.sample else None,
+        "limit": options.limit,
+        "shard_tokens": options.shard_tokens,
+    }
+    with folder.lock():
+        if folder.begin("windows", identity, overwrite=overwrite):
+            return dict(folder.section("windows")["counts"])
+        done = folder.records("windows")
+        total = sum(source.size for source in sources)
+        read = sum(source.size for i, source in enumerate(sources) if f"{i:05d}" in done)
+        with Progress("windows", total, "bytes", done=read, quiet=quiet) as progress:
+            for number, source in enumerate(sources):
+                shard = f"{number:05d}"
+                if shard not in done:
+                    left = None
+                    if options.limit is not None:
+                        left = options.limit - sum(record["documents"] for record in done.values())
+                    record = cutter.cut(source, shard, folder, left, progress)
+                    folder.record("windows", shard, record)
+                    done[shard] = record
+                elif cutter.sample is not None:
+                    for path in folder.windows.glob(f"{shard}-*.parquet"):
+                        for window_id in pq.read_table(path, columns=["window_id"])["window_id"].to_pylist():
+                            cutter.sample.offer(sample_key(window_id, options.seed))
+        if cutter.sample is not None:
+            _keep_sample(folder, cutter.sample.threshold, options.seed)
+        counts = _sum_counts(done.values())
+        if cutter.sample is not None:
+            counts |= {"windows_before_sample": counts["windows"], **_count_sample(folder)}
+        seconds = sum(record["seconds"] for record in done.values())
+        folder.finish("windows", {"counts": counts, "seconds": seconds, **cutter.describe()})
+        return counts
+
+
+class Cutter:
+    """Cuts sources one after another; loads the tokenizer at the first row of text."""
+
+    def __init__(self, model: ModelOptions, options: WindowOptions) -> None:
+        self.model = model
+        self.options = options
+        self.read = ReadOptions(
+            text_key=options.text_key,
+            id_key=options.id_key,
+            group_by=options.group_by,
+            tab_ids=options.tab_ids,
+        )
+        self.sample = BottomK(options.sample) if options.sample else None
+
+    @cached_property
+    def tokenizer(self) -> WindowTokenizer:
+        return load_tokenizer(self.model.model or "embedded", self.model.revision, self.model.trust_remote_code)
+
+    @cached_property
+    def length(self) -> int:
+        """Tokens in a window of text: as asked, or the papers' 32,768, or what the calculator supports."""
+        if self.options.window is not None:
+            return self.options.window
+        from longsift.calculators.checkpoint import locate
+        from longsift.calculators.interface import read_config
+
+        location = locate(self.model.model or "embedded", self.model.revision)
+        config = read_config(location, trust_remote_code=self.model.trust_remote_code)
+        return min(DEFAULT_WINDOW, getattr(config, "max_position_embeddings", None) or DEFAULT_WINDOW)
+
+    def describe(self) -> dict[str, Any]:
+        """The tokenizer's fingerprint and the window length; null when no row was text."""
+        used = "tokenizer" in self.__dict__
+        return {
+            "tokenizer": self.tokenizer.fingerprint if used else None,
+            "length": self.length if used else None,
+        }
+
+    def cut(
+        self, source: Source, shard: str, folder: RunFolder, limit: int | None, progress: Progress
+    ) -> dict[str, Any]:
+        """Cut one source into the parts `<shard>-<part>.parquet`; returns what was counted."""
+        for leftover in folder.windows.glob(f"{shard}-*.parquet"):
+            leftover.unlink()
+        started = time.perf_counter()
+        tally = Tally()
+        bad: list[BadRow] = []
+        held: list[Window] = []
+        held_tokens = parts = 0
+
+        def write_part() -> None:
+            nonlocal held, held_tokens, parts
+            if held:
+                with publish(folder.windows / f"{shard}-{parts:05d}.parquet") as temporary:
+                    pq.write_table(windows_table(held), temporary, compression="zstd")
+                held, held_tokens, parts = [], 0, parts + 1
+
+        rows = read_documents(source, self.read, progress.advance)
+        for row in self.windows(rows if limit is None else first_documents(rows, limit)):
+            tally.add(row)
+            if isinstance(row, BadRow):
+                bad.append(row)
+            elif isinstance(row, Window):
+                progress.count(windows=1)
+                if self.sample is None or self.sample.offer(sample_key(row.window_id, self.options.seed)):
+                    held.append(row)
+                    held_tokens += len(row.input_ids)
+                    if held_tokens >= self.options.shard_tokens:
+                        write_part()
+        write_part()
+        if bad:
+            with publish(folder.quarantine / f"{shard}.parquet") as temporary:
+                pq.write_table(
+                    pa.Table.from_pylist([dataclasses.asdict(row) for row in bad], schema=QUARANTINE),
+                    temporary,
+                )
+        return {
+            "documents": tally.documents,
+            "bad_rows": len(bad),
+            "reasons": dict(tally.bad_rows),
+            "too_short": tally.too_short,
+            "too_short_tokens": tally.too_short_tokens,
+            "windows": tally.windows,
+            "tokens": tally.tokens,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+
+    def windows(self, rows: Iterable[Document | BadRow]) -> Iterator[Window | TooShort | BadRow]:
+        # Rows that carry ids need no tokenizer, so one is loaded only where a row of text comes.
+        for is_text, run in groupby(rows, lambda row: isinstance(row, Document) and row.input_ids is None):
+            tokenizer, length = (self.tokenizer, self.length) if is_text else (None, None)
+            yield from cut_windows(run, tokenizer, length)
+
+
+def load_tokenizer(model: str, revision: str | None, trust_remote_code: bool) -> WindowTokenizer:
+    from longsift.calculators.checkpoint import locate
+
+    location = locate(model, revision)
+    return WindowTokenizer.load(location.pretrained, location.revision, trust_remote_code)
+
+
+def first_documents(rows: Iterable[Document | BadRow], limit: int) -> Iterator[Document | BadRow]:
+    left = limit
+    for row in rows:
+        if left == 0:
+            return
+        left -= isinstance(row, Document)
+        yield row
+
+
+def _keep_sample(folder: RunFolder, threshold: int | None, seed: int) -> None:
+    """Drop the windows that are not in the sample; each source kept those that might be."""
+    if threshold is None:
+        return
+    for path in parquet_files(folder.windows):
+        table = pq.read_table(path)
+        kept = [sample_key(window_id, seed) <= threshold for window_id in table["window_id"].to_pylist()]
+        if not any(kept):
+            path.unlink()
+        elif not all(kept):
+            with publish(path) as temporary:
+                pq.write_table(table.filter(pa.array(kept)), temporary, compression="zstd")
+
+
+def _sum_counts(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    records = list(records)
+    reasons: Counter[str] = Counter()
+    for record in records:
+        reasons.update(record["reasons"])
+    names = ("documents", "bad_rows", "too_short", "too_short_tokens", "windows", "tokens")
+    return {name: sum(record[name] for record in records) for name in names} | {"reasons": dict(reasons.most_common())}
+
+
+def _count_sample(folder: RunFolder) -> dict[str, int]:
+    lengths = [pq.read_table(path, columns=["n_tokens"])["n_tokens"] for path in parquet_files(folder.windows)]
+    return {"windows": sum(map(len, lengths)), "tokens": sum(sum(length.to_pylist()) for length in lengths)}

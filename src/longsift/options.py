@@ -1,0 +1,79 @@
+"""What a user can ask for: one dataclass a concern, read by the command line, `--config` files and the Python API.
+
+A field's help text stands in its metadata, so that a flag is described in one place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _flag(default: Any, help: str, flag: str | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "flag": flag})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The calculator."""
+
+    model: str | None = _flag(
+        None,
+        "Calculator: embedded, a folder, a .safetensors file, or org/name[@revision]. "
+        "Default: the one that the windows were cut for, or embedded.",
+    )
+    revision: str | None = _flag(None, "Revision of a Hugging Face id.")
+    trust_remote_code: bool = _flag(False, "Run code that comes with the checkpoint.", "--trust-remote-code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """Reading documents and cutting windows."""
+
+    text_key: str = _flag("text", "Column of the text; a dotted path works.")
+    id_key: str = _flag("id", "Column of the document's id; made from file and row where absent.")
+    group_by: str | None = _flag(None, "Column of the group; a dotted path works. Default: source, where present.")
+    tab_ids: bool = _flag(False, "Lines are 'id<TAB>{json}'.", "--tab-ids")
+    window: int | None = _flag(None, "Tokens in a window. Default: 32768, or what the calculator supports.")
+    sample: int | None = _flag(None, "Keep only N windows, drawn uniformly from the corpus.")
+    seed: int = _flag(0, "Seed of --sample.")
+    limit: int | None = _flag(None, "Read at most N documents.")
+    max_bad: float = _flag(0.001, "Share of bad rows (or failed windows) above which the exit code is 1.")
+    shard_tokens: int = _flag(1 << 20, "Tokens in a shard, the unit of work and resume.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """Measuring windows. A parameter left at None is the method's own default."""
+
+    method: str = _flag("longattn", "Selection method: longattn or ladm.")
+    device: str = _flag("auto", "auto, cpu, cuda or cuda:N.")
+    dtype: str = _flag("auto", "auto, float32, bfloat16 or float16.")
+    rope_theta: float | None = _flag(None, "Override the calculator's RoPE base.")
+    layers: str | None = _flag(None, "ladm: layers to measure, such as 4,8,12-15. Default: all that see far.")
+    span: int | None = _flag(None, "ladm: tokens in a span. [default: 128]")
+    d_afs: int | None = _flag(None, "ladm: spans between compared key spans. [default: 4]")
+    d_cds: int | None = _flag(None, "ladm: spans between measured query spans. [default: 4]")
+    ablation: str | None = _flag(None, "ladm: no-std or no-len-weight.")
+    denominator: str | None = _flag(None, "ladm: prior or causal. [default: prior]")
+    dense: bool | None = _flag(None, "ladm: measure every pair of spans.", "--dense")
+    alpha: float | None = _flag(None, "longattn: weight of uniformity. [default: 0.5]")
+    normalize: str | None = _flag(None, "longattn: zscore or minmax, within groups. [default: zscore]")
+    detail: bool | None = _flag(None, "longattn: also write the values of every head.", "--detail")
+
+    def method_parameters(self) -> dict[str, Any]:
+        """The parameters that belong to the method rather than to the calculator."""
+        names = ("span", "d_afs", "d_cds", "ablation", "denominator", "dense", "alpha", "normalize", "detail")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions:
+    """Keeping the best windows of every group."""
+
+    keep: float | None = _flag(None, "Share of the windows to keep in every group. [default: 0.125]")
+    budget: int | None = _flag(None, "Tokens to keep: the same top share of every group.")
+    mix: str | None = _flag(None, "Shares of the kept tokens by group: arxiv=0.3,book=0.3.")
+    format: Literal["parquet", "jsonl"] = _flag("parquet", "Format of the data set.")
+    text: bool = _flag(True, "Write the windows' text.", "--text/--no-text")
+    input_ids: bool = _flag(True, "Write the windows' token ids.", "--ids/--no-ids")

@@ -1,0 +1,371 @@
+"""The stages of a run as functions: cut → score → select → report, each resumable, and `run`, which does all.
+
+Every function takes the run folder, does its stage under the folder's lock, and returns what it did as a dict of
+plain values, which the command line prints.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from longsift.cutting import cut as cut
+from longsift.cutting import load_tokenizer
+from longsift.errors import OutputError, TooManyBadRows, UsageError
+from longsift.options import ModelOptions, ScoreOptions, SelectOptions, WindowOptions
+from longsift.progress import Progress
+from longsift.selection import Choice, choose
+from longsift.shards import RunFolder
+from longsift.tables import parquet_files, publish
+
+if TYPE_CHECKING:
+    from longsift.scoring import Scorer
+
+log = logging.getLogger(__name__)
+
+DEFAULT_KEEP = 0.125
+
+
+def prepare_windows(
+    inputs: Sequence[str],
+    out: Path | str | None,
+    model: ModelOptions = ModelOptions(),
+    options: WindowOptions = WindowOptions(),
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """The run folder to score: the one given, a new one on the windows of the one given, or one cut from documents.
+
+    Raises:
+        UsageError: documents without a folder for the run.
+        OutputError: `out` holds windows of its own.
+    """
+    given = Path(inputs[0])
+    if len(inputs) > 1 or not (given / "manifest.json").is_file():
+        if out is None:
+            raise UsageError("Scoring documents needs a folder for the run: -o OUT.")
+        cut(inputs, out, model, options, overwrite=overwrite, quiet=quiet)
+        return Path(out)
+    if out is None or Path(out).resolve() == given.resolve():
+        return given
+    source, folder = RunFolder(given), RunFolder(out)
+    section = source.section("windows")
+    with folder.lock():
+        own = folder.manifest().get("windows")
+        shared = section | {"folder": os.path.relpath(source.windows, folder.path)}
+        if own != shared:
+            if own and not overwrite:
+                raise OutputError(f"{out} holds other windows. Choose another output folder, or use --overwrite.")
+            folder.clear("windows")
+            folder.clear("scores")
+            folder.replace("windows", shared)
+    return Path(out)
+
+
+def score(
+    out: Path | str,
+    model: ModelOptions = ModelOptions(),
+    options: ScoreOptions = ScoreOptions(),
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Measure the windows of a run folder, shard by shard; shards that an earlier run finished stay.
+
+    Returns:
+        Counts (windows, failed, tokens), seconds, tokens_per_second, and failures by reason.
+
+    Raises:
+        OutputError: no windows, or scores of other parameters.
+        ModelError: a calculator that cannot be loaded, or that does not share the windows' tokenizer.
+    """
+    from longsift.methods import build_method, parameters_of
+    from longsift.scoring import Scorer, parse_layers, resolve_device
+
+    folder = RunFolder(out)
+    windows = folder.section("windows")
+    name = model.model or windows["identity"]["model"]
+    revision = model.revision if model.model else windows["identity"]["revision"]
+    method = build_method(options.method, **options.method_parameters())
+    identity = {
+        "method": method.name,
+        "parameters": parameters_of(method),
+        "model": name,
+        "revision": revision,
+        "device": resolve_device(options.device).type,
+        "dtype": options.dtype,
+        "rope_theta": options.rope_theta,
+        "layers": parse_layers(options.layers),
+    }
+    with folder.lock():
+        if folder.begin("scores", identity, overwrite=overwrite):
+            return _score_result(folder.section("scores"))
+        scorer = Scorer.from_options(replace(model, model=name, revision=revision), options)
+        _check_tokenizer(windows, name, revision, model.trust_remote_code)
+        _score_shards(folder, scorer, windows["counts"]["tokens"], quiet)
+        records = list(folder.records("scores").values())
+        reasons: Counter[str] = Counter()
+        for record in records:
+            reasons.update(record["reasons"])
+        facts = {key: sum(record[key] for record in records) for key in ("windows", "failed", "tokens", "seconds")}
+        folder.finish(
+            "scores",
+            {"calculator": scorer.describe(), "counts": facts, "reasons": dict(reasons.most_common())},
+        )
+        return _score_result(folder.section("scores"))
+
+
+def _score_shards(folder: RunFolder, scorer: Scorer, tokens: int, quiet: bool) -> None:
+    done = folder.records("scores")
+    length = scorer.calculator.max_length
+    before = sum(record["tokens"] for record in done.values())
+    with Progress("scores", tokens, "tokens", done=before, quiet=quiet) as progress:
+
+        def advance(n_tokens: int, ok: bool) -> None:
+            progress.advance(n_tokens, windows=1, failed=not ok)
+
+        warned = False
+        for path in parquet_files(folder.windows):
+            if path.stem in done:
+                continue
+            started = time.perf_counter()
+            table = scorer.score_shard(path, advance)
+            with publish(folder.scores / path.name) as temporary:
+                pq.write_table(table, temporary, compression="zstd")
+            longest = max(table["n_tokens"].to_pylist(), default=0)
+            if length is not None and longest > length and not warned:
+                log.warning("windows of %d tokens are longer than the %d of the calculator", longest, length)
+                warned = True
+            failures = [reason for reason in table["reason"].to_pylist() if reason is not None]
+            folder.record(
+                "scores",
+                path.stem,
+                {
+                    "windows": table.num_rows,
+                    "failed": len(failures),
+                    "tokens": sum(table["n_tokens"].to_pylist()),
+                    "seconds": round(time.perf_counter() - started, 3),
+                    "reasons": dict(Counter(failures)),
+                },
+            )
+
+
+def _check_tokenizer(windows: dict[str, Any], name: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Refuse token ids of one tokenizer for a calculator with another: the scores would mean nothing."""
+    known = windows["tokenizer"]
+    if known is None or (name, revision) == (windows["identity"]["model"], windows["identity"]["revision"]):
+        return
+    if load_tokenizer(name, revision, trust_remote_code).fingerprint != known:
+        raise UsageError(
+            f"The windows were cut with the tokenizer of '{windows['identity']['model']}', which '{name}' does not "
+            f"share. Cut them anew: longsift windows INPUT -o OUT --model {name}."
+        )
+
+
+def _score_result(section: dict[str, Any]) -> dict[str, Any]:
+    counts = section["counts"]
+    speed = counts["tokens"] / counts["seconds"] if counts["seconds"] else None
+    return {
+        "method": section["identity"]["method"],
+        **counts,
+        "tokens_per_second": speed,
+        "reasons": section["reasons"],
+    }
+
+
+def select(
+    out: Path | str,
+    options: SelectOptions = SelectOptions(),
+    *,
+    alpha: float | None = None,
+    normalize: str | None = None,
+) -> dict[str, Any]:
+    """Keep the best windows of every group and write them as a data set; nothing is scored again.
+
+    Args:
+        alpha, normalize: of longattn, in place of those that the run was scored with.
+
+    Returns:
+        Totals and a row for each group.
+
+    Raises:
+        OutputError: the folder has no finished scores.
+        UsageError: options that cannot work.
+    """
+    from longsift.datasets import write_dataset
+
+    folder = RunFolder(out)
+    with folder.lock():
+        scores = folder.section("scores")
+        identity = _selection_identity(options, alpha, normalize, scores)
+        with _choose(folder, identity) as choice:
+            write_dataset(
+                choice,
+                folder.windows,
+                folder.path,
+                format=options.format,
+                text=options.text,
+                input_ids=options.input_ids,
+                card=_card(folder.manifest(), identity),
+            )
+            groups = _group_rows(choice)
+            result = {
+                "kept": choice.kept,
+                "of": choice.windows,
+                "kept_tokens": choice.kept_tokens,
+                "failed": choice.failed,
+                "groups": groups,
+            }
+            for quota in choice.quotas:
+                if quota.shortfall:
+                    log.warning(
+                        "%s: %d tokens short of the %d asked for",
+                        "+".join(quota.groups),
+                        quota.shortfall,
+                        quota.tokens,
+                    )
+        folder.replace("selected", {"identity": identity, "result": result})
+    return result
+
+
+def _selection_identity(
+    options: SelectOptions, alpha: float | None, normalize: str | None, scores: dict[str, Any]
+) -> dict[str, Any]:
+    """What a selection depends on, as JSON values."""
+    keep = options.keep if options.keep is not None or options.budget is not None else DEFAULT_KEEP
+    changed = {key: value for key, value in (("alpha", alpha), ("normalize", normalize)) if value is not None}
+    return {
+        "method": scores["identity"]["method"],
+        "parameters": scores["identity"]["parameters"] | changed,
+        "keep": keep,
+        "budget": options.budget,
+        "mix": parse_mix(options.mix),
+    }
+
+
+def _choose(folder: RunFolder, identity: dict[str, Any]) -> Choice:
+    from longsift.methods import build_method
+
+    method = build_method(identity["method"], **identity["parameters"])
+    return choose(folder.scores, method.rule(), keep=identity["keep"], budget=identity["budget"], mix=identity["mix"])
+
+
+def parse_mix(text: str | None) -> dict[str, float] | None:
+    """Shares such as "arxiv=0.3,book=0.3" by group; None stays None.
+
+    Raises:
+        UsageError: not a list of group=share.
+    """
+    if text is None:
+        return None
+    try:
+        pairs = [part.rsplit("=", 1) for part in text.split(",")]
+        return {group.strip(): float(share) for group, share in pairs}
+    except ValueError as error:
+        raise UsageError(f"--mix takes shares by group such as arxiv=0.3,book=0.3, not '{text}'.") from error
+
+
+def _card(manifest: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """The facts that a data set's card states."""
+    from longsift.methods import build_method
+
+    windows, scores = manifest["windows"], manifest["scores"]
+    calculator = scores["calculator"]
+    return {
+        "method": identity["method"],
+        "parameters": identity["parameters"],
+        "model": calculator["model"],
+        "revision": calculator["revision"],
+        "dtype": calculator["dtype"],
+        "window": windows["length"] or "as given",
+        "group_by": windows["identity"]["group_by"] or "source, where present",
+        "keep": identity["keep"],
+        "budget": identity["budget"],
+        "mix": identity["mix"],
+        "citation": build_method(identity["method"], **identity["parameters"]).citation,
+    }
+
+
+def _group_rows(choice: Choice) -> list[dict[str, Any]]:
+    return [
+        {
+            "group": group.group,
+            "windows": group.windows,
+            "kept": group.kept,
+            "kept_tokens": group.kept_tokens,
+            "best": group.best,
+            "cut": group.cut,
+            "worst": group.worst,
+        }
+        for group in choice.groups
+    ]
+
+
+def report(out: Path | str) -> Path:
+    """Write OUT/report.html for a run that has been selected, and return its path.
+
+    Raises:
+        OutputError: the folder has no finished selection.
+    """
+    from longsift.report import write_report
+
+    folder = RunFolder(out)
+    identity = folder.section("selected")["identity"]
+    with _choose(folder, identity) as choice:
+        return write_report(folder.path, folder.manifest(), choice, folder.windows)
+
+
+def run(
+    inputs: Sequence[str],
+    out: Path | str,
+    model: ModelOptions = ModelOptions(),
+    windows: WindowOptions = WindowOptions(),
+    scores: ScoreOptions = ScoreOptions(),
+    selection: SelectOptions = SelectOptions(),
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Do all stages; a run that was stopped goes on where it was.
+
+    Returns:
+        The results of the stages, by name, and the report's path.
+    """
+    result = {
+        "windows": cut(inputs, out, model, windows, overwrite=overwrite, quiet=quiet),
+        "scores": score(out, model, scores, quiet=quiet),
+        "selected": select(out, selection),
+    }
+    return result | {"report": str(report(out))}
+
+
+def check_bad(out: Path | str, max_bad: float) -> None:
+    """Complain of a finished run in which too much went wrong.
+
+    Raises:
+        TooManyBadRows: the share of bad rows, or of windows that could not be scored, is above `max_bad`.
+    """
+    manifest = RunFolder(out).manifest()
+    counts = manifest["windows"]["counts"]
+    rows = counts["documents"] + counts["bad_rows"]
+    if counts["bad_rows"] > max_bad * rows:
+        raise TooManyBadRows(
+            f"{counts['bad_rows']:,} of {rows:,} rows are bad, more than --max-bad {max_bad:g}; all others were done. "
+            f"See {RunFolder(out).quarantine}."
+        )
+    scored = manifest.get("scores", {}).get("counts")
+    if scored and scored["failed"] > max_bad * scored["windows"]:
+        reasons = manifest["scores"]["reasons"]
+        raise TooManyBadRows(
+            f"{scored['failed']:,} of {scored['windows']:,} windows could not be scored, more than --max-bad "
+            f"{max_bad:g}; all others were. Most often: {next(iter(reasons))}."
+        )

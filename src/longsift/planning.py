@@ -1,0 +1,92 @@
+"""What a run would do, measured on a part of the documents and one window: `--dry-run`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from longsift.cutting import Cutter
+from longsift.documents import BadRow, Document, read_documents
+from longsift.errors import InputError
+from longsift.options import ModelOptions, ScoreOptions, WindowOptions
+from longsift.scoring import Scorer
+from longsift.sources import Source, find_sources
+from longsift.windows import Tally, Window
+
+_SOURCES = 8  # read from, spread over the corpus
+_BYTES = 16 << 20  # read in all
+
+
+def estimate(
+    inputs: Sequence[str],
+    model: ModelOptions = ModelOptions(),
+    windows: WindowOptions = WindowOptions(),
+    scores: ScoreOptions = ScoreOptions(),
+) -> dict[str, Any]:
+    """Say how many documents, windows and tokens a run would have and how long it would take; write nothing.
+
+    A part of a few sources is read and cut, and the rest is taken to be like it, byte for byte. The time of
+    scoring is that of one window. `--limit` and `--sample` are honoured.
+
+    Raises:
+        InputError: nothing to read, or no window in the part that was read.
+    """
+    sources = find_sources(inputs)
+    looked_at = sources[:: -(-len(sources) // _SOURCES)]
+    cutter = Cutter(model, windows)
+    tally = Tally()
+    first: Window | None = None
+    read = [0]
+
+    def part(source: Source) -> Iterator[Document | BadRow]:
+        consumed = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal consumed
+            consumed += count
+
+        for row in read_documents(source, cutter.read, on_bytes):
+            yield row
+            if consumed >= _BYTES / len(looked_at):
+                break
+        read.append(min(consumed, source.size))
+
+    started = time.perf_counter()
+    for source in looked_at:
+        for row in cutter.windows(part(source)):
+            tally.add(row)
+            if first is None and isinstance(row, Window):
+                first = row
+    cutting = time.perf_counter() - started
+    if first is None:
+        raise InputError(
+            f"None of the {tally.documents:,} documents looked at gives a window. Choose a smaller --window."
+        )
+
+    size = sum(source.size for source in sources)
+    whole = size / max(sum(read), 1)
+    if windows.limit is not None:
+        whole = min(whole, windows.limit / tally.documents)
+    sampled = min(1.0, (windows.sample or tally.windows * whole) / (tally.windows * whole))
+    scorer = Scorer.from_options(model, scores)
+    scorer.measure(first.input_ids)  # the first one also warms up
+    started = time.perf_counter()
+    scorer.measure(first.input_ids)
+    a_window = time.perf_counter() - started
+    n_windows = round(tally.windows * whole * sampled)
+    tokens = round(tally.tokens * whole * sampled)
+    return {
+        "sources": len(sources),
+        "bytes": size,
+        "bytes_looked_at": sum(read),
+        "documents": round(tally.documents * whole),
+        "bad_rows": round(sum(tally.bad_rows.values()) * whole),
+        "too_short": round(tally.too_short * whole),
+        "windows": n_windows,
+        "tokens": tokens,
+        "seconds_cutting": cutting * whole,
+        "seconds_scoring": tokens / len(first.input_ids) * a_window,
+        "tokens_per_second": len(first.input_ids) / a_window,
+        "device": scorer.describe()["device"],
+    }

@@ -1,0 +1,177 @@
+"""A run folder and its shards: what was asked, what is done, and what a restart may go on with.
+
+A shard is the unit of work, retry and resume. Its tables are published whole or not at all
+(`longsift.tables.publish`), and a small JSON record beside them, written last, says that it is done and what
+it counted. Records hold times; tables do not, so that the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from longsift import __version__
+from longsift.errors import OutputError
+from longsift.tables import publish
+
+Stage = Literal["windows", "scores", "selected"]
+_STAGES: tuple[Stage, ...] = ("windows", "scores", "selected")
+_OUTPUTS: dict[Stage, tuple[str, ...]] = {
+    "windows": ("windows", "quarantine", "shards/windows"),
+    "scores": ("scores", "shards/scores"),
+    "selected": ("selected", "report.html"),
+}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON, visible whole or not at all."""
+    with publish(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class RunFolder:
+    """The output folder of a run: its tables, its manifest and its shard records."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.scores = self.path / "scores"
+        self.quarantine = self.path / "quarantine"
+        self.selected = self.path / "selected"
+        self.report = self.path / "report.html"
+        self._manifest = self.path / "manifest.json"
+
+    @property
+    def windows(self) -> Path:
+        """The windows table; another run's when this run scores the same windows."""
+        return self.path / str(self.manifest().get("windows", {}).get("folder", "windows"))
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; empty for a folder in which nothing was run.
+
+        Raises:
+            OutputError: the file is not a manifest of longsift.
+        """
+        try:
+            content = json.loads(self._manifest.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise OutputError(f"{self._manifest} is damaged ({error}). Start again with --overwrite.") from error
+        if not isinstance(content, dict) or "longsift" not in content:
+            raise OutputError(f"{self._manifest} was not written by longsift. Choose another output folder.")
+        return content
+
+    def section(self, stage: Stage) -> dict[str, Any]:
+        """The manifest's section of a finished stage.
+
+        Raises:
+            OutputError: the stage has not finished in this folder.
+        """
+        section: dict[str, Any] = self.manifest().get(stage, {})
+        if section.get("status") != "done":
+            needed = {
+                "windows": "longsift windows",
+                "scores": "longsift score",
+                "selected": "longsift select",
+            }
+            raise OutputError(f"{self.path} has no finished {stage}. Run '{needed[stage]}' first.")
+        return section
+
+    def begin(self, stage: Stage, identity: dict[str, Any], *, overwrite: bool = False) -> bool:
+        """Start or continue a stage; returns True when it is already done.
+
+        Args:
+            identity: everything that the stage's tables depend on, as JSON values.
+            overwrite: throw away what this stage and the later ones hold.
+
+        Raises:
+            OutputError: the folder holds the same stage of another identity.
+        """
+        manifest = self.manifest()
+        section = manifest.get(stage)
+        identity = json.loads(json.dumps(identity))
+        if section and section["identity"] != identity and not overwrite:
+            known = section["identity"]
+            changed = sorted(k for k in known | identity if known.get(k) != identity.get(k))
+            details = "; ".join(f"{k}: {_brief(known.get(k))} → {_brief(identity.get(k))}" for k in changed)
+            raise OutputError(
+                f"{self.path} holds {stage} of another run ({details}). "
+                "Choose another output folder, or throw the old tables away with --overwrite."
+            )
+        if section and not overwrite:
+            if section["status"] == "done":
+                return True
+        else:
+            for later in _STAGES[_STAGES.index(stage) :]:
+                manifest.pop(later, None)
+                self.clear(later)
+            manifest[stage] = {"status": "running", "started": time.time(), "identity": identity}
+            self._write(manifest)
+        for leftover in self.path.rglob(".*.tmp"):  # of a run that was killed; the lock is ours
+            leftover.unlink()
+        return False
+
+    def finish(self, stage: Stage, results: dict[str, Any]) -> None:
+        """Mark a stage as done, with what it counted."""
+        manifest = self.manifest()
+        manifest[stage] |= {"status": "done", "finished": time.time(), **results}
+        self._write(manifest)
+
+    def replace(self, stage: Stage, section: dict[str, Any]) -> None:
+        """Write the whole section of a stage that is done anew each time, or elsewhere."""
+        self._write(self.manifest() | {stage: {"status": "done", "finished": time.time(), **section}})
+
+    def clear(self, stage: Stage) -> None:
+        """Remove a stage's tables and records."""
+        for name in _OUTPUTS[stage]:
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def record(self, stage: Stage, shard: str, content: dict[str, Any]) -> None:
+        """Write the record that says a shard is done."""
+        write_json(self.path / "shards" / stage / f"{shard}.json", content)
+
+    def records(self, stage: Stage) -> dict[str, dict[str, Any]]:
+        """The records of the finished shards of a stage, by shard, in order."""
+        folder = self.path / "shards" / stage
+        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for writing; the operating system lets go of it however the process ends.
+
+        Raises:
+            OutputError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                handle.seek(0)
+                raise OutputError(
+                    f"Another longsift (process {handle.read().strip() or 'unknown'}) is writing in {self.path}. "
+                    "Wait for it to end, or choose another output folder."
+                ) from error
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
+            yield
+
+    def _write(self, manifest: dict[str, Any]) -> None:
+        write_json(self._manifest, {"longsift": __version__, **{k: manifest[k] for k in _STAGES if k in manifest}})
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "…"

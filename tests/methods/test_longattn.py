@@ -1,0 +1,56 @@
+"""LongAttn: what counts as far, what is written, and how it becomes a score."""
+
+import pytest
+import torch
+
+from longsift.calculators import LayerAttention
+from longsift.errors import UsageError
+from longsift.methods import METHODS, build_method
+from longsift.methods.longattn import LongAttn, far_distance
+from longsift.selection import Term
+
+
+class GivenLayer:
+    """A first layer whose queries and keys are given."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        self.q, self.k = q, k
+
+    def queries_keys(self, input_ids):
+        return LayerAttention(layer=0, q=self.q, k=self.k, scale=self.q.shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize(("length", "distance"), [(32768, 8192), (1024, 256), (1000, 250), (777, 195), (4, 1)])
+def test_far_begins_at_a_quarter_of_the_window(length, distance):
+    assert far_distance(length) == distance
+
+
+def test_a_window_has_the_mean_over_heads_of_strength_and_variance():
+    torch.manual_seed(0)
+    length, heads = 96, 4
+    q, k = torch.randn(1, heads, length, 8) * 2, torch.randn(1, 2, length, 8) * 2
+    measured = LongAttn(detail=True).measure(GivenLayer(q, k), torch.zeros(length, dtype=torch.long))
+
+    logits = (q @ k.repeat_interleave(2, 1).transpose(2, 3)).double()[0] / 8**0.5
+    map_ = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)
+    far = map_.tril(-far_distance(length))
+    assert measured["dependency_strength_heads"] == pytest.approx((far.sum((1, 2)) / length).tolist(), rel=1e-5)
+    assert measured["variance_heads"] == pytest.approx(far.flatten(1).var(1).tolist(), rel=1e-5)
+    assert measured["dependency_strength"] == pytest.approx(far.sum().item() / length / heads, rel=1e-5)
+    assert measured["variance"] == pytest.approx(far.flatten(1).var(1).mean().item(), rel=1e-5)
+
+
+def test_strength_raises_the_score_and_variance_lowers_it():
+    rule = LongAttn(alpha=0.25, normalize="minmax").rule()
+    assert rule.terms == (Term("dependency_strength", 1.0), Term("variance", -0.25))
+    assert rule.normalize == "minmax"
+
+
+def test_an_unknown_method_is_answered_with_those_there_are():
+    with pytest.raises(UsageError, match=", ".join(METHODS)):
+        build_method("attention")
+
+
+def test_an_unknown_normalization_is_refused():
+    with pytest.raises(UsageError, match="zscore or minmax"):
+        LongAttn(normalize="rank")
