@@ -329,6 +329,20 @@ def choose(
         raise
 
 
+def select_table(
+    scores: pa.Table, rule: ScoreRule, *, keep: float | None = None, budget: int | None = None
+) -> pa.Table:
+    """As `choose`, for a scores table in memory: its kept rows with `score` and `rank`, by group, best first."""
+    with tempfile.TemporaryDirectory(prefix="longsift-scores-") as folder:
+        pq.write_table(scores, Path(folder) / "scores.parquet")
+        with choose(Path(folder), rule, keep=keep, budget=budget) as choice:
+            chosen = pa.concat_tables(table for _, table in choice.chosen())
+    kept = scores.take(chosen["row"])
+    for name in ("score", "rank"):
+        kept = kept.append_column(name, chosen[name])
+    return kept.sort_by([("group", "ascending"), ("rank", "ascending")])
+
+
 def _check_request(keep: float | None, budget: int | None, mix: Mapping[str, float] | None) -> None:
     if (keep is None) == (budget is None):
         raise UsageError("Give either --keep SHARE or --budget TOKENS.")
