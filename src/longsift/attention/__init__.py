@@ -1,6 +1,6 @@
 """Reductions of causal attention that never hold the length × length map.
 
-Notation: for one head, `P[n, m]` is the causal attention probability that query token n gives key token m ≤ n,
+Notation: for one head, `P[n, m]` is the causal attention probability that query token n gives key token m,
 the softmax over m ≤ n of `scale · q_n·k_m` (soft-capped when the model does so). Queries have the shape
 (batch, heads, length, head_dim), keys (batch, kv_heads, length, head_dim); each key head is shared by
 `heads / kv_heads` consecutive query heads and never copied. Each window of a batch is measured alone, so that
@@ -133,9 +133,7 @@ def span_focus(
     chosen = range(n_spans) if query_spans is None else query_spans
     outside = [j for j in chosen if not 0 <= j < n_spans]
     if outside or not chosen:
-        raise ValueError(
-            f"query_spans must name at least one of the spans 0..{n_spans - 1}; got {outside or 'none'}"
-        )
+        raise ValueError(f"query_spans must name at least one of the spans 0..{n_spans - 1}; got {outside or 'none'}")
     focus: Tensor = _module(backend).span_focus(
         q.detach(),
         k.detach(),

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# A tile's rows are the queries of all heads of a group. In float32 it is 1 MiB, half of a usual core's L2 cache.
+# A tile's rows are the queries of all heads of a group. In float32 it is 1 MiB: half of a core's L2 cache.
 TILE_ROWS = 512
 TILE_KEYS = 512
-OUTPUT_BLOCK_ENTRIES = 1 << 23  # logits of a block of `causal_attention`: 32 MiB of float32
+ALIGNMENT = 64  # tiles of other widths take up to a tenth longer
+OUTPUT_BLOCK_ENTRIES = 1 << 21  # logits of a block of `causal_attention`: 8 MiB of float32
 
 Block = TypeVar("Block")
 
@@ -67,7 +68,7 @@ def causal_attention(
     if softcap is None and (sliding_window is None or sliding_window >= length):
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     window = length if sliding_window is None else min(sliding_window, length)
-    # As many rows as the budget allows, but no more than a window: a block then computes at most twice its need.
+    # As many rows as the budget allows, but no more than a window: a block computes at most twice its need.
     rows = min(max(OUTPUT_BLOCK_ENTRIES // (q.shape[1] * window), 16), max(window, 64), length)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     for b in range(q.shape[0]):  # one window at a time: its output must not depend on the rest of the batch
@@ -80,20 +81,19 @@ def causal_attention(
     return out
 
 
-def _attend_block(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int
-) -> Tensor:
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int) -> Tensor:
     """Output (heads, rows, value_dim) of the last `rows` positions of the keys (kv_heads, keys, head_dim)."""
     heads, rows, _ = q.shape
     kv_heads, keys, _ = k.shape
     grouped = q.reshape(kv_heads, -1, q.shape[2]).to(_compute_dtype(q))  # (kv_heads, group·rows, head_dim)
-    logits = torch.bmm(grouped * scale, k.to(grouped.dtype).transpose(1, 2))
+    factor = scale if softcap is None else scale / softcap
+    logits = torch.bmm(grouped * factor, k.to(grouped.dtype).transpose(1, 2))
     if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+        logits = torch.tanh(logits) * softcap
     query = torch.arange(keys - rows, keys, device=q.device)[:, None]
     key = torch.arange(keys, device=q.device)[None, :]
     hidden = (key > query) | (key <= query - window)
-    p = logits.view(kv_heads, -1, rows, keys).masked_fill(hidden, -torch.inf).softmax(-1)
+    p = logits.view(kv_heads, -1, rows, keys).masked_fill_(hidden, -torch.inf).softmax(-1)
     return torch.bmm(p.view(kv_heads, -1, keys), v.to(p.dtype)).view(heads, rows, -1)
 
 
@@ -104,7 +104,7 @@ def far_statistics(
     batch, heads, length, _ = q.shape
     kv_heads = k.shape[1]
     grouped = q.view(batch, kv_heads, -1, *q.shape[2:])  # (batch, kv_heads, group, length, head_dim)
-    rows = max(TILE_ROWS // (heads // kv_heads), 1)
+    rows = _rows(heads // kv_heads)
 
     def measure(block: tuple[int, int, int]) -> Tensor:
         b, h, start = block
@@ -138,7 +138,7 @@ def span_focus(
     kv_heads = k.shape[1]
     grouped = q.view(batch, kv_heads, -1, *q.shape[2:])  # (batch, kv_heads, group, length, head_dim)
     n_spans, lead = length // span, length % span
-    rows = max(TILE_ROWS // (heads // kv_heads) * TILE_KEYS // max(span, TILE_KEYS), 1)
+    rows = max(_rows(heads // kv_heads) * TILE_KEYS // max(span, TILE_KEYS), 1)
 
     def measure(block: tuple[int, int, int, int]) -> Tensor:
         b, h, i, offset = block
@@ -163,10 +163,8 @@ def span_focus(
     return focus.flatten(1, 2)
 
 
-def _far_block(
-    q: Tensor, k: Tensor, start: int, distance: int, scale: float, softcap: float | None
-) -> Tensor:
-    """(2, group) in float64: Σ P and Σ P² over the far pairs of the queries (group, rows, head_dim) at `start`."""
+def _far_block(q: Tensor, k: Tensor, start: int, distance: int, scale: float, softcap: float | None) -> Tensor:
+    """Σ P and Σ P² over the far pairs of q (group, rows, head_dim) at `start`: (2, group) in float64."""
     group, rows, _ = q.shape
     end = start + rows
     all_far, some_far = (
@@ -194,13 +192,11 @@ def _far_block(
     return per_row.view(2, group, rows).cpu().double().sum(-1)
 
 
-def _focus_block(
-    q: Tensor, k: Tensor, start: int, lead: int, span: int, scale: float, softcap: float | None
-) -> Tensor:
-    """Mass (group, key spans) of the queries (group, rows, head_dim) at `start` on the spans of k from `lead` on.
+def _focus_block(q: Tensor, k: Tensor, start: int, lead: int, span: int, scale: float, softcap: float | None) -> Tensor:
+    """Mass (group, key spans) of q (group, rows, head_dim) at `start` on the spans of k from `lead` on.
 
-    When k goes beyond the start of the queries' own span, it ends with their last row, and the own span is measured
-    too, each query blind to the keys after it.
+    When k goes beyond the start of the queries' own span, it ends with their last row, and the own span is
+    measured too, each query blind to the keys after it.
     """
     group, rows, _ = q.shape
     keys = k.shape[0]
@@ -208,7 +204,7 @@ def _focus_block(
     step = max(TILE_KEYS // span, 1) * span
     tiles = [(first, min(first + step, own)) for first in range(lead, own, step)]
     softmax = _OnlineSoftmax(q, scale, softcap)
-    for first, last in _even(0, lead, TILE_KEYS):
+    for first, last in _pieces(0, lead):
         softmax.exponentials(k[first:last])
     parts, peaks = [], []
     for first, last in tiles:
@@ -244,7 +240,7 @@ class _OnlineSoftmax:
     def exponentials(self, k: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """exp(logits - peak) of the next keys (keys, head_dim), and the factor for older sums.
 
-        `hidden` (rows, keys) is True where a query must not see a key; every row must see one in the first tile.
+        `hidden` (rows, keys) is True where a query must not see a key; in the first tile each must see one.
         """
         e = self._q @ k.to(self._q.dtype).T
         if self._softcap is not None:
@@ -261,25 +257,31 @@ class _OnlineSoftmax:
 
 def _tiles(all_far: int, some_far: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Tiles of the keys [0, end), cut so that few of them hold both sides of a boundary and need a mask."""
-    cuts = sorted({0, *(min(max(cut, 0), end) for cut in (all_far, some_far, start, end))})
-    for a, b in pairwise(cuts):
-        yield from _even(a, b, TILE_KEYS)
+    boundaries = (all_far // ALIGNMENT * ALIGNMENT, -(-some_far // ALIGNMENT) * ALIGNMENT, start, end)
+    cuts = sorted({0, *(min(max(boundary, 0), end) for boundary in boundaries)})
+    for first, last in pairwise(cuts):
+        yield from _pieces(first, last)
 
 
-def _even(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
-    """Split [first, last) into the fewest pieces of at most `step`, about equally long."""
-    pieces = -(-(last - first) // step)
-    for i in range(pieces):
-        yield first + (last - first) * i // pieces, first + (last - first) * (i + 1) // pieces
+def _pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Split [first, last) into the fewest tiles of at most TILE_KEYS, about equally wide."""
+    if first < last:
+        pieces = -(-(last - first) // TILE_KEYS)
+        width = -(-(last - first) // (pieces * ALIGNMENT)) * ALIGNMENT
+        for at in range(first, last, width):
+            yield at, min(at + width, last)
+
+
+def _rows(group: int) -> int:
+    """Positions of a block of queries of `group` heads, TILE_ROWS rows or about that."""
+    return max(TILE_ROWS // group // 16, 1) * 16
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _map_blocks(
-    measure: Callable[[Block], Tensor], blocks: Sequence[Block], device: torch.device
-) -> Iterator[Tensor]:
+def _map_blocks(measure: Callable[[Block], Tensor], blocks: Sequence[Block], device: torch.device) -> Iterator[Tensor]:
     """Measure the blocks, in order; on a CPU in as many threads as PyTorch may use, one core each."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     if threads == 1:

@@ -1,0 +1,86 @@
+"""The output of soft-capped and sliding layers is the reference's, and touches only visible keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longsift.attention import causal_attention, reference
+
+
+def queries_keys_values(
+    heads: int, kv_heads: int, length: int, head_dim: int, batch: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randn(batch, heads, length, head_dim, generator=generator)
+    k = torch.randn(batch, kv_heads, length, head_dim, generator=generator)
+    v = torch.randn(batch, kv_heads, length, head_dim + 1, generator=generator)
+    return q, k, v
+
+
+@pytest.mark.parametrize("softcap", [None, 2.5], ids=["plain", "softcap"])
+@pytest.mark.parametrize("sliding_window", [None, 1, 7, 64, 300, 5000])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "length", "head_dim"),
+    [
+        pytest.param(1, 1, 1, 8, id="one-token"),
+        pytest.param(4, 4, 63, 8, id="MHA-L63"),
+        pytest.param(6, 2, 257, 24, id="GQA3-L257"),
+        pytest.param(4, 1, 1001, 64, id="MQA-L1001"),
+    ],
+)
+def test_output_matches_the_reference(
+    heads: int, kv_heads: int, length: int, head_dim: int, sliding_window: int | None, softcap: float | None
+) -> None:
+    q, k, v = queries_keys_values(heads, kv_heads, length, head_dim)
+    out = causal_attention(q, k, v, scale=0.3, softcap=softcap, sliding_window=sliding_window)
+    exact = reference.causal_attention(
+        q.double(), k.double(), v.double(), scale=0.3, softcap=softcap, sliding_window=sliding_window
+    )
+    assert out.dtype == q.dtype
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.5], ids=["plain", "softcap"])
+@pytest.mark.parametrize("sliding_window", [None, 40])
+def test_bfloat16_is_rounded_once_at_the_end(sliding_window: int | None, softcap: float | None) -> None:
+    q, k, v = (x.bfloat16() for x in queries_keys_values(4, 2, 300, 32))
+    out = causal_attention(q, k, v, scale=0.2, softcap=softcap, sliding_window=sliding_window)
+    exact = reference.causal_attention(
+        q.double(), k.double(), v.double(), scale=0.2, softcap=softcap, sliding_window=sliding_window
+    )
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact, rtol=1e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.5], ids=["plain", "softcap"])
+@pytest.mark.parametrize("sliding_window", [None, 40])
+def test_a_window_has_the_same_bits_alone_and_in_any_batch(sliding_window: int | None, softcap: float | None) -> None:
+    q, k, v = queries_keys_values(4, 2, 333, 32, batch=3)
+    together = causal_attention(q, k, v, scale=0.2, softcap=softcap, sliding_window=sliding_window)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = causal_attention(q[one], k[one], v[one], scale=0.2, softcap=softcap, sliding_window=sliding_window)
+        assert torch.equal(alone, together[one])
+
+
+def test_keys_outside_the_sliding_window_are_never_read() -> None:
+    q, k, v = queries_keys_values(2, 1, 500, 16)
+    full = causal_attention(q, k, v, scale=0.3, sliding_window=20)
+    k[:, :, :100] = v[:, :, :100] = torch.nan
+    out = causal_attention(q, k, v, scale=0.3, sliding_window=20)
+    # A block of rows shares its keys, so a NaN value may reach the rows of its block but none beyond.
+    torch.testing.assert_close(out[:, :, 200:], full[:, :, 200:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": 0.0}, "softcap must be positive"),
+        ({"sliding_window": 0}, "sliding_window must be at least 1"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, float], message: str) -> None:
+    q, k, v = queries_keys_values(2, 1, 10, 8)
+    with pytest.raises(ValueError, match=message):
+        causal_attention(q, k, v, scale=0.3, **options)  # type: ignore[arg-type]
