@@ -314,9 +314,7 @@ def _arrow_rows(file: _CountedFile, source: Source, options: ReadOptions) -> Ite
         yield BadRow(source.url, row, "corrupt arrow stream", excerpt(str(error)))
 
 
-def _batch_rows(
-    batch: pa.RecordBatch, first: int, source: Source, options: ReadOptions
-) -> Iterator[Document | BadRow]:
+def _batch_rows(batch: pa.RecordBatch, first: int, source: Source, options: ReadOptions) -> Iterator[Document | BadRow]:
     for index in range(batch.num_rows):
         row: dict[str, Any] = {}
         try:

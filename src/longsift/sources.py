@@ -125,9 +125,7 @@ def _find_folder(fs: Any, root: str) -> dict[str, int]:
     return {
         _url(fs, path): int(info["size"])
         for path, info in listing.items()
-        if _is_data(path)
-        and not _is_hidden(path, root)
-        and path in saved.get(posixpath.dirname(path), {path})
+        if _is_data(path) and not _is_hidden(path, root) and path in saved.get(posixpath.dirname(path), {path})
     }
 
 

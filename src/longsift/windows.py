@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -106,9 +106,7 @@ class WindowTokenizer:
         self._backend = backend
 
     @classmethod
-    def load(
-        cls, model: str, revision: str | None = None, trust_remote_code: bool = False
-    ) -> WindowTokenizer:
+    def load(cls, model: str, revision: str | None = None, trust_remote_code: bool = False) -> WindowTokenizer:
         """Load the tokenizer of a model.
 
         Args:
@@ -145,6 +143,12 @@ class WindowTokenizer:
             )
         return cls(backend)
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the vocabulary, the rules and the special tokens: equal means that ids mean the same."""
+        parts = (self._backend.to_str(), self.prefix.tolist(), self.suffix.tolist())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Tokenise texts, each as if alone and in one piece.
 
@@ -165,8 +169,12 @@ class WindowTokenizer:
 
     def _encode(self, texts: Sequence[str]) -> list[Encoded]:
         return [
-            Encoded(np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int64).reshape(-1, 2))
-            for e in self._backend.encode_batch(texts, add_special_tokens=False)
+            Encoded(
+                np.array(encoding.ids, dtype=np.int32),
+                # Faster than np.array on a list of pairs.
+                np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64).reshape(-1, 2),
+            )
+            for encoding in self._backend.encode_batch(texts, add_special_tokens=False)
         ]
 
     def _spans(self, text: str) -> Iterator[tuple[int, int]]:
@@ -180,7 +188,7 @@ class WindowTokenizer:
     def _next_cut(self, text: str, start: int) -> int:
         for stretch in range(start + _PART_CHARS, len(text), _PART_CHARS):
             places = _PLACE.finditer(text, stretch, stretch + _PART_CHARS)
-            for match in itertools.islice(places, _TRIES):
+            for match in islice(places, _TRIES):
                 if self._parts_cleanly(text, match.end()):
                     return match.end()
         return len(text)
@@ -352,9 +360,7 @@ def _encode_each(tokenizer: WindowTokenizer, documents: Sequence[Document]) -> l
         return [encoded for document in documents for encoded in _encode_each(tokenizer, [document])]
 
 
-def _window(
-    document: Document, index: int, start: int, input_ids: npt.NDArray[np.int32], text: str | None
-) -> Window:
+def _window(document: Document, index: int, start: int, input_ids: npt.NDArray[np.int32], text: str | None) -> Window:
     return Window(
         window_id=f"{document.doc_id}:{index}",
         doc_id=document.doc_id,
