@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from datasets import Dataset, DatasetDict
+from fsspec.registry import _registry
 
 from longsift.errors import InputError
 from longsift.sources import find_sources
@@ -114,7 +115,7 @@ def test_an_unknown_ending_is_an_error_that_names_the_known_ones(tmp_path: Path)
 
 def test_s3_without_s3fs_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)  # left by an earlier use of s3fs
+    monkeypatch.delitem(_registry, "s3", raising=False)  # left by an earlier use of s3fs
     with pytest.raises(InputError, match=r"pip install 'longsift\[s3\]'"):
         find_sources(["s3://bucket/data.jsonl"])
 
