@@ -22,7 +22,7 @@ from longsift.cutting import load_tokenizer
 from longsift.errors import OutputError, TooManyBadRows, UsageError
 from longsift.options import ModelOptions, ScoreOptions, SelectOptions, WindowOptions
 from longsift.progress import Progress
-from longsift.selection import Choice, choose
+from longsift.selection import Choice, check_request, choose
 from longsift.shards import RunFolder
 from longsift.tables import parquet_files, publish
 
@@ -88,24 +88,13 @@ def score(
         OutputError: no windows, or scores of other parameters.
         ModelError: a calculator that cannot be loaded, or that does not share the windows' tokenizer.
     """
-    from longsift.methods import build_method, parameters_of
-    from longsift.scoring import Scorer, parse_layers, resolve_device
+    from longsift.scoring import Scorer, score_identity
 
     folder = RunFolder(out)
     windows = folder.section("windows")
     name = model.model or windows["identity"]["model"]
     revision = model.revision if model.model else windows["identity"]["revision"]
-    method = build_method(options.method, **options.method_parameters())
-    identity = {
-        "method": method.name,
-        "parameters": parameters_of(method),
-        "model": name,
-        "revision": revision,
-        "device": resolve_device(options.device).type,
-        "dtype": options.dtype,
-        "rope_theta": options.rope_theta,
-        "layers": parse_layers(options.layers),
-    }
+    identity = score_identity(name, revision, options)
     with folder.lock():
         if folder.begin("scores", identity, overwrite=overwrite):
             return _score_result(folder.section("scores"))
@@ -205,8 +194,7 @@ def select(
 
     folder = RunFolder(out)
     with folder.lock():
-        scores = folder.section("scores")
-        identity = _selection_identity(options, alpha, normalize, scores)
+        identity = _selection_identity(options, alpha, normalize, folder.section("scores")["identity"])
         with _choose(folder, identity) as choice:
             write_dataset(
                 choice,
@@ -238,14 +226,14 @@ def select(
 
 
 def _selection_identity(
-    options: SelectOptions, alpha: float | None, normalize: str | None, scores: dict[str, Any]
+    options: SelectOptions, alpha: float | None, normalize: str | None, scored: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a selection depends on, as JSON values."""
+    """What a selection depends on, as JSON values, from that of its scores."""
     keep = options.keep if options.keep is not None or options.budget is not None else DEFAULT_KEEP
     changed = {key: value for key, value in (("alpha", alpha), ("normalize", normalize)) if value is not None}
     return {
-        "method": scores["identity"]["method"],
-        "parameters": scores["identity"]["parameters"] | changed,
+        "method": scored["method"],
+        "parameters": scored["parameters"] | changed,
         "keep": keep,
         "budget": options.budget,
         "mix": parse_mix(options.mix),
@@ -340,6 +328,12 @@ def run(
     Returns:
         The results of the stages, by name, and the report's path.
     """
+    from longsift.scoring import score_identity
+
+    # A run of hours must not end in a refusal that a look at its flags could have given.
+    identity = score_identity(model.model or "embedded", model.revision, scores)
+    asked = _selection_identity(selection, None, None, identity)
+    check_request(asked["keep"], asked["budget"], asked["mix"])
     result = {
         "windows": cut(inputs, out, model, windows, overwrite=overwrite, quiet=quiet),
         "scores": score(out, model, scores, quiet=quiet),

@@ -21,7 +21,7 @@ from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel
 from longsift.cutting import load_tokenizer
 from longsift.errors import ModelError, UsageError
-from longsift.methods import Method, build_method
+from longsift.methods import Method, build_method, parameters_of
 from longsift.options import ModelOptions, ScoreOptions
 from longsift.tables import SCORE_KEYS, WINDOWS
 from longsift.windows import WindowTokenizer, window_starts
@@ -63,23 +63,20 @@ class Scorer:
         **parameters: Any,
     ) -> None:
         self.method = build_method(method, **parameters) if isinstance(method, str) else method
+        _check_layers(self.method, layers)
         self.model = model
         self.revision = revision
         self.trust_remote_code = trust_remote_code
-        if dtype not in _DTYPES:
-            raise UsageError(f"--dtype takes {', '.join(_DTYPES)}, not '{dtype}'.")
         options: dict[str, Any] = {
             "revision": revision,
             "device": resolve_device(device),
-            "dtype": _DTYPES[dtype],
+            "dtype": resolve_dtype(dtype),
             "rope_theta": rope_theta,
             "trust_remote_code": trust_remote_code,
         }
         self._tokenizer: WindowTokenizer | None = None
         self.calculator: FirstLayer | FullModel
         if self.method.calculator == "first_layer":
-            if layers is not None:
-                raise UsageError(f"--layers does not apply to '{self.method.name}': it measures the first layer.")
             self.calculator = FirstLayer.load(model, **options)
         else:
             self.calculator = FullModel.load(model, layers=layers, **options)
@@ -218,6 +215,44 @@ def resolve_device(device: str) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"There is no {device} here ({torch.cuda.device_count()} GPUs seen). Use --device cpu.")
     return chosen
+
+
+def resolve_dtype(dtype: str) -> torch.dtype | None:
+    """The torch type that `--dtype` names; "auto" is None, the calculator's choice.
+
+    Raises:
+        UsageError: no such type.
+    """
+    if dtype not in _DTYPES:
+        raise UsageError(f"--dtype takes {', '.join(_DTYPES)}, not '{dtype}'.")
+    return _DTYPES[dtype]
+
+
+def score_identity(model: str, revision: str | None, options: ScoreOptions) -> dict[str, Any]:
+    """Everything that scores depend on, as JSON values, checked without loading anything.
+
+    Raises:
+        UsageError: options that cannot work.
+    """
+    method = build_method(options.method, **options.method_parameters())
+    layers = parse_layers(options.layers)
+    _check_layers(method, layers)
+    resolve_dtype(options.dtype)
+    return {
+        "method": method.name,
+        "parameters": parameters_of(method),
+        "model": model,
+        "revision": revision,
+        "device": resolve_device(options.device).type,
+        "dtype": options.dtype,
+        "rope_theta": options.rope_theta,
+        "layers": layers,
+    }
+
+
+def _check_layers(method: Method, layers: Sequence[int] | None) -> None:
+    if layers is not None and method.calculator == "first_layer":
+        raise UsageError(f"--layers does not apply to the method '{method.name}', which measures the first layer.")
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longsift.errors import OutputError, UsageError
-from longsift.tables import SCORE_KEYS
+from longsift.tables import SCORE_KEYS, parquet_files
 
 _MEMORY = "2GB"  # DuckDB's own limit; above it, sorts spill to disk
 _MIX_TOLERANCE = Fraction(1, 1_000_000)
@@ -288,8 +288,8 @@ def choose(
             or names a group that the table does not have.
         OutputError: the folder has no score files, or they lack a column of the rule.
     """
-    _check_request(keep, budget, mix)
-    files = sorted(path for path in scores.glob("*.parquet") if not path.name.startswith("."))
+    check_request(keep, budget, mix)
+    files = parquet_files(scores)
     names = [term.column for term in rule.terms]
     _check_table(scores, files, names)
     folder = Path(tempfile.mkdtemp(prefix="longsift-selection-"))
@@ -343,7 +343,12 @@ def select_table(
     return kept.sort_by([("group", "ascending"), ("rank", "ascending")])
 
 
-def _check_request(keep: float | None, budget: int | None, mix: Mapping[str, float] | None) -> None:
+def check_request(keep: float | None, budget: int | None, mix: Mapping[str, float] | None) -> None:
+    """Check what `choose` is asked for, as far as that can be done without a table.
+
+    Raises:
+        UsageError: it cannot work.
+    """
     if (keep is None) == (budget is None):
         raise UsageError("Give either --keep SHARE or --budget TOKENS.")
     if keep is not None and not 0 < keep <= 1:
@@ -414,8 +419,7 @@ def _summarise(database: Any, columns: int) -> None:
 def _rank(database: Any, rule: ScoreRule) -> None:
     """Table `ranked`: every measured window with its score and rank."""
     score = " + ".join(
-        f"{float(term.weight)!r}::DOUBLE * {_normalized(i, rule.normalize)}"
-        for i, term in enumerate(rule.terms)
+        f"{float(term.weight)!r}::DOUBLE * {_normalized(i, rule.normalize)}" for i, term in enumerate(rule.terms)
     )
     database.execute(
         f"""CREATE TABLE ranked AS
@@ -497,9 +501,7 @@ def _pools(groups: Sequence[str], mix: Mapping[str, float] | None) -> list[tuple
             f"--mix names groups that the scores do not have: {', '.join(unknown)}. "
             f"They have: {', '.join(groups[:20])}{', …' if len(groups) > 20 else ''}."
         )
-    pools: list[tuple[tuple[str, ...], Fraction]] = [
-        ((group,), _exact(share)) for group, share in mix.items()
-    ]
+    pools: list[tuple[tuple[str, ...], Fraction]] = [((group,), _exact(share)) for group, share in mix.items()]
     rest = 1 - sum(map(_exact, mix.values()), Fraction(0))
     if rest > _MIX_TOLERANCE:
         pools.append((tuple(group for group in groups if group not in mix), rest))

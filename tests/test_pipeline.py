@@ -1,0 +1,274 @@
+"""The stages together, through the command line: what a run writes, and what a stop, a restart or bad input does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from longsift.cli import app
+from longsift.shards import RunFolder
+from longsift.tables import QUARANTINE, SCORE_KEYS, WINDOWS, parquet_files
+
+SMALL_SPANS = ["--span", "16", "--d-afs", "2", "--d-cds", "2"]
+
+
+def longsift(*arguments: object, code: int = 0) -> str:
+    """Run a command in this process; returns what it prints."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def as_json(output: str) -> dict:
+    return json.loads(output[output.index("{") : output.rindex("}") + 1])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in parquet_files(folder)}
+
+
+def table(folder: Path) -> pa.Table:
+    return pa.concat_tables([pq.read_table(path) for path in parquet_files(folder)])
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, model, tmp_path_factory) -> Path:
+    """A finished LongAttn run, with shards of a few windows."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    longsift("run", corpus, "-o", out, "--model", model, "--window", 512, "--shard-tokens", 4096, "--keep", 0.5, "-q")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "columns"),
+    [
+        ("longattn", [], ["dependency_strength", "variance"]),
+        ("longattn", ["--detail"], ["dependency_strength", "variance", "dependency_strength_heads", "variance_heads"]),
+        ("ladm", SMALL_SPANS, ["cds", "cds_layers", "layers"]),
+    ],
+    ids=["longattn", "longattn-detail", "ladm"],
+)
+def test_run_turns_documents_into_a_selected_data_set_and_a_report(corpus, model, tmp_path, method, flags, columns):
+    arguments = [corpus, "-o", tmp_path, "--model", model, "--window", 512, "--method", method, *flags]
+    result = as_json(longsift("run", *arguments, "--keep", 0.25, "--group-by", "source", "--json", "-q"))
+    windows, scores, selected = (table(tmp_path / name) for name in ("windows", "scores", "selected"))
+    assert windows.schema == WINDOWS
+    assert scores.schema.names == [*SCORE_KEYS.names, *columns]
+    assert scores["status"].unique().to_pylist() == ["ok"]
+    assert scores["window_id"] == windows["window_id"]
+    assert set(windows["n_tokens"].to_pylist()) == {512}
+    assert result["windows"]["documents"] == 12
+    assert result["windows"]["too_short"] == 1
+    for group in ("code", "mixed"):
+        ids = [w for w, g in zip(*(windows[c].to_pylist() for c in ("window_id", "group")), strict=True) if g == group]
+        kept = [
+            r for r, g in zip(selected["rank"].to_pylist(), selected["group"].to_pylist(), strict=True) if g == group
+        ]
+        assert sorted(kept) == list(range(1, -(-len(ids) // 4) + 1))
+    assert (tmp_path / "report.html").stat().st_size > 0
+    assert RunFolder(tmp_path).manifest()["scores"]["identity"]["method"] == method
+
+
+def test_selected_rows_carry_text_ids_and_metadata_of_their_documents(finished, corpus):
+    documents = [json.loads(line) for file in sorted(corpus.iterdir()) for line in file.open(encoding="utf-8")]
+    by_id = {document["id"]: document for document in documents}
+    for row in table(finished / "selected").to_pylist():
+        document = by_id[row["doc_id"]]
+        assert row["text"] in document["text"]
+        assert len(row["input_ids"]) == row["n_tokens"] == 512
+        assert row["stars"] == document["stars"]
+        assert row["source"] == row["group"] == document["source"]
+
+
+def test_the_same_command_again_does_nothing_and_select_scores_nothing_again(finished, corpus, model):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.suffix == ".parquet"}
+    longsift("windows", corpus, "-o", finished, "--model", model, "--window", 512, "--shard-tokens", 4096, "-q")
+    longsift("score", finished, "-q")
+    kept = [as_json(longsift("select", finished, "--keep", keep, "--json"))["kept"] for keep in (0.1, 0.5)]
+    assert kept[0] < kept[1]
+    for path, when in before.items():
+        if path.parent.name != "selected":
+            assert path.stat().st_mtime_ns == when
+
+
+def run_in_background(arguments: list[object]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "longsift.cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
+@pytest.mark.parametrize("stage", ["windows", "scores"])
+def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(finished, corpus, model, tmp_path, stage, how):
+    arguments = [
+        "run",
+        corpus,
+        "-o",
+        tmp_path,
+        "--model",
+        model,
+        "--window",
+        512,
+        "--shard-tokens",
+        4096,
+        "--keep",
+        0.5,
+    ]
+    process = run_in_background([*arguments, "-q"])
+    while process.poll() is None and not any((tmp_path / stage).glob("*.parquet")):
+        time.sleep(0.005)
+    os.kill(process.pid, how)
+    code = process.wait()
+    assert code in ((-signal.SIGKILL,) if how == signal.SIGKILL else (130, 0))
+    longsift(*arguments, "-q")
+    for name in ("windows", "scores", "selected"):
+        assert contents(tmp_path / name) == contents(finished / name)
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_a_second_run_in_the_same_folder_is_told_so(finished):
+    with RunFolder(finished).lock():
+        process = subprocess.run(
+            [sys.executable, "-m", "longsift.cli", "select", str(finished)], capture_output=True, text=True, check=False
+        )
+    assert process.returncode == 1
+    assert f"Another longsift (process {os.getpid()}) is writing" in process.stderr
+
+
+def test_other_parameters_need_another_folder_or_overwrite(corpus, model, tmp_path):
+    arguments = ["windows", corpus, "-o", tmp_path, "--model", model, "-q"]
+    longsift(*arguments, "--window", 512)
+    assert "window: 512 → 256" in longsift(*arguments, "--window", 256, code=1)
+    longsift(*arguments, "--window", 256, "--overwrite")
+    assert set(table(tmp_path / "windows")["n_tokens"].to_pylist()) == {256}
+
+
+def test_windows_of_one_run_are_scored_by_another_method_elsewhere(finished, tmp_path):
+    out = tmp_path / "ladm"
+    longsift("score", finished, "-o", out, "--method", "ladm", *SMALL_SPANS, "-q")
+    assert not (out / "windows").exists()
+    assert table(out / "scores")["window_id"] == table(finished / "scores")["window_id"]
+    assert as_json(longsift("select", out, "--keep", 0.5, "--json"))["kept"] > 0
+    longsift("report", out)
+    assert as_json(longsift("status", out, "--json"))["scores"]["state"] == "done"
+
+
+def test_a_window_has_the_same_score_whatever_is_scored_beside_it(finished, model, tmp_path):
+    rows = table(finished / "windows").select(["doc_id", "input_ids"]).rename_columns(["id", "input_ids"])
+    pq.write_table(rows.slice(3, 1), tmp_path / "one.parquet")
+    longsift("score", tmp_path / "one.parquet", "-o", tmp_path / "out", "--model", model, "-q")
+    alone = table(tmp_path / "out" / "scores").to_pylist()[0]
+    among = table(finished / "scores").to_pylist()[3]
+    assert (alone["dependency_strength"], alone["variance"]) == (among["dependency_strength"], among["variance"])
+
+
+BAD_LINES = {
+    "not JSON": b'{"text": "cut off',
+    "not an object": b'["text"]',
+    "invalid UTF-8": b'{"text": "\xff\xfe"}',
+    "no text": b'{"id": "x"}',
+    "text is a number": b'{"text": 7}',
+    "text is null": b'{"text": null}',
+    "empty text": b'{"text": ""}',
+    "blank text": b'{"text": " \\n\\t"}',
+    "lone surrogate": b'{"text": "\\ud800"}',
+    "NUL": b'{"text": "a\\u0000b"}',
+    "ids of the wrong type": b'{"input_ids": ["a"]}',
+    "negative id": b'{"input_ids": [1, -1]}',
+}
+
+
+def test_bad_rows_are_set_aside_with_file_and_row_and_lose_nothing_else(corpus, model, tmp_path):
+    good = (corpus / "a.jsonl").read_bytes().splitlines(keepends=True)
+    lines = [line + b"\n" for line in BAD_LINES.values()]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"".join([*good[:2], *lines, *good[2:]]))
+    arguments = ["run", file, "--model", model, "--window", 512, "-q"]
+
+    output = longsift(*arguments, "-o", tmp_path / "strict", code=1)
+    assert f"{len(BAD_LINES)} of {len(BAD_LINES) + len(good)} rows are bad" in output
+    assert (tmp_path / "strict" / "report.html").exists()
+    bad = table(tmp_path / "strict" / "quarantine")
+    assert bad.schema == QUARANTINE
+    assert bad["file"].unique().to_pylist() == [str(file)]
+    assert bad["row"].to_pylist() == list(range(2, 2 + len(BAD_LINES)))
+    assert all(bad["reason"].to_pylist())
+
+    longsift(*arguments, "-o", tmp_path / "lenient", "--max-bad", 0.9)
+    longsift("run", corpus / "a.jsonl", "--model", model, "--window", 512, "-q", "-o", tmp_path / "clean")
+    for folder in ("strict", "lenient"):
+        assert contents(tmp_path / folder / "windows") == contents(tmp_path / "clean" / "windows")
+
+
+def test_a_window_that_cannot_be_scored_is_a_failed_row_with_its_reason(model, tmp_path):
+    rows = [{"input_ids": list(range(100))}, {"input_ids": [1, 2, 3]}, {"input_ids": [5, 100_000] * 50}]
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = longsift("score", tmp_path / "ids.jsonl", "-o", tmp_path / "out", "--model", model, "-q", code=1)
+    assert "2 of 3 windows could not be scored" in output
+    scores = table(tmp_path / "out" / "scores").to_pylist()
+    assert [row["status"] for row in scores] == ["ok", "failed", "failed"]
+    assert scores[1]["reason"] == "shorter than the 4 tokens that longattn needs"
+    assert "100000" in scores[2]["reason"].replace(",", "")
+    assert scores[1]["dependency_strength"] is None
+
+
+def test_a_sample_is_the_same_windows_from_one_file_or_many(corpus, model, tmp_path):
+    (tmp_path / "whole.jsonl").write_bytes(b"".join(path.read_bytes() for path in sorted(corpus.iterdir())))
+    flags = ["--model", model, "--window", 256, "--sample", 10, "--seed", 3, "-q"]
+    longsift("windows", corpus, "-o", tmp_path / "many", *flags)
+    counts = as_json(longsift("windows", tmp_path / "whole.jsonl", "-o", tmp_path / "one", *flags, "--json"))
+    many, one = (table(tmp_path / name / "windows")["window_id"].to_pylist() for name in ("many", "one"))
+    assert many == one
+    assert counts["windows"] == len(one) == 10
+    longsift("windows", corpus, "-o", tmp_path / "other", *flags, "--seed", 4)
+    assert table(tmp_path / "other" / "windows")["window_id"].to_pylist() != one
+
+
+def test_limit_counts_documents_over_all_files(corpus, model, tmp_path):
+    counts = as_json(
+        longsift("windows", corpus, "-o", tmp_path, "--model", model, "--window", 512, "--limit", 7, "--json", "-q")
+    )
+    assert counts["documents"] == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [(["--text-key", "content"], '{{"content": {text}}}'), (["--tab-ids"], 'Prefix_0000001\t{{"text": {text}}}')],
+    ids=["content", "id-tab-json"],
+)
+def test_the_published_formats_read_with_flags(model, tmp_path, flags, line):
+    text = json.dumps("def far(n):\n    return n\n" * 400)
+    (tmp_path / "rows.jsonl").write_text(line.format(text=text) + "\n")
+    longsift(
+        "windows", tmp_path / "rows.jsonl", "-o", tmp_path / "out", "--model", model, "--window", 512, *flags, "-q"
+    )
+    rows = table(tmp_path / "out" / "windows").to_pylist()
+    assert rows
+    assert rows[0]["doc_id"] == ("Prefix_0000001" if "--tab-ids" in flags else "rows:0")
+
+
+def test_a_calculator_with_another_tokenizer_is_refused(finished, tmp_path):
+    output = longsift("score", finished, "-o", tmp_path / "out", "--model", "embedded", "-q", code=2)
+    assert "does not share" in output
+
+
+def test_a_dry_run_says_how_much_there_is_and_writes_nothing(corpus, model, tmp_path):
+    flags = [corpus, "-o", tmp_path / "out", "--model", model, "--window", 512]
+    plan = as_json(longsift("run", *flags, "--dry-run", "--json"))
+    counts = as_json(longsift("windows", *flags, "--json", "-q"))
+    assert {name: plan[name] for name in ("documents", "too_short", "windows", "tokens")} == {
+        name: counts[name] for name in ("documents", "too_short", "windows", "tokens")
+    }
+    assert plan["seconds_scoring"] > 0
+    assert not (tmp_path / "out" / "scores").exists()
