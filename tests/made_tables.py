@@ -49,9 +49,7 @@ def write_tables(out: Path, shards: list[list[Row]], row_group: int = 1 << 20) -
             "start": [0] * len(rows),
             "input_ids": [[s, i] for i in range(len(rows))],
             "text": [row.text for row in rows],
-            "metadata": [
-                row.metadata if isinstance(row.metadata, str) else json.dumps(row.metadata) for row in rows
-            ],
+            "metadata": [row.metadata if isinstance(row.metadata, str) else json.dumps(row.metadata) for row in rows],
         }
         scores = keys | {
             "status": [row.status for row in rows],

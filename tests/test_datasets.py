@@ -159,9 +159,7 @@ def test_metadata_that_no_reader_takes_is_made_readable(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["parquet", "jsonl"])
 def test_load_dataset_reads_the_folder_unchanged(tmp_path: Path, format: str) -> None:
     rows = [Row("g", i / 500, text="x" * 50_000, metadata={"late": None, "a": 1}) for i in range(500)]
-    rows += [
-        Row(metadata={"late": {"deep": [[1], [2]]}, "a": 1.5, "only": ["last"], "mixed": 1, "n": [{"k": 1}]})
-    ]
+    rows += [Row(metadata={"late": {"deep": [[1], [2]]}, "a": 1.5, "only": ["last"], "mixed": 1, "n": [{"k": 1}]})]
     rows += [Row(text="\x00\u2028\x85 line", metadata={"mixed": "x"})]
     write_tables(tmp_path, [rows])
     select(tmp_path, format=format)

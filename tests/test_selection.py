@@ -8,12 +8,13 @@ from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longsift.errors import OutputError, UsageError
-from longsift.selection import Choice, ScoreRule, Term, choose
+from longsift.selection import Choice, ScoreRule, Term, choose, select_table
 from made_tables import LONGATTN, STRENGTH, Row, write_tables
 
 
@@ -83,9 +84,7 @@ def test_score_and_rank_are_those_of_the_plain_definition(tmp_path: Path, normal
 @pytest.mark.parametrize(
     ("keep", "windows", "kept"), [(0.1, 30, 3), (0.125, 8, 1), (0.125, 9, 2), (1.0, 5, 5), (0.001, 7, 1)]
 )
-def test_keep_takes_the_rounded_up_share_of_every_group(
-    tmp_path: Path, keep: float, windows: int, kept: int
-) -> None:
+def test_keep_takes_the_rounded_up_share_of_every_group(tmp_path: Path, keep: float, windows: int, kept: int) -> None:
     write_tables(tmp_path, random_shards(2, {"a": windows, "b": windows}))
     with choose(tmp_path / "scores", LONGATTN, keep=keep) as choice:
         assert [group.kept for group in choice.groups] == [kept, kept]
@@ -147,9 +146,7 @@ def test_group_table_states_counts_tokens_and_ranges(tmp_path: Path) -> None:
     budget=st.integers(1, 5000),
     seed=st.integers(0, 9),
 )
-def test_budget_takes_the_same_top_share_and_is_never_exceeded(
-    sizes: dict[str, int], budget: int, seed: int
-) -> None:
+def test_budget_takes_the_same_top_share_and_is_never_exceeded(sizes: dict[str, int], budget: int, seed: int) -> None:
     shards = random_shards(seed, sizes)
     with tempfile.TemporaryDirectory() as folder:
         write_tables(Path(folder), shards)
@@ -157,11 +154,7 @@ def test_budget_takes_the_same_top_share_and_is_never_exceeded(
             kept = {group.group: group.kept for group in choice.groups}
             assert choice.kept_tokens <= budget
             quota = choice.quotas[0]
-    rows = [
-        (rank, group, tokens)
-        for group, found in ranking(shards, LONGATTN).items()
-        for _, tokens, _, rank in found
-    ]
+    rows = [(rank, group, tokens) for group, found in ranking(shards, LONGATTN).items() for _, tokens, _, rank in found]
     rows.sort(key=lambda row: (Fraction(row[0], sizes[row[1]]), row[1]))
     expected, spent = dict.fromkeys(sizes, 0), 0
     for _, group, tokens in rows:
@@ -212,9 +205,7 @@ def test_a_quota_that_its_group_cannot_fill_is_reported_not_refilled(tmp_path: P
     ],
     ids=lambda value: str(value),
 )
-def test_a_request_that_cannot_work_is_refused(
-    tmp_path: Path, request_: dict[str, object], message: str
-) -> None:
+def test_a_request_that_cannot_work_is_refused(tmp_path: Path, request_: dict[str, object], message: str) -> None:
     write_tables(tmp_path, [[Row()]])
     with pytest.raises(UsageError, match=message):
         choose(tmp_path / "scores", LONGATTN, **request_)  # type: ignore[arg-type]
@@ -270,3 +261,14 @@ def test_closing_removes_the_ranking_from_disk(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UsageError):
         choose(tmp_path / "scores", LONGATTN, keep=0.5, mix={"nobody": 1.0})
     assert not list(scratch.iterdir())
+
+
+def test_a_table_in_memory_is_ranked_as_one_on_disk(tmp_path: Path) -> None:
+    write_tables(tmp_path, random_shards(8, {"a": 20, "b": 11}, shards=1))
+    table = pq.read_table(tmp_path / "scores")
+    with choose(tmp_path / "scores", LONGATTN, keep=0.3) as choice:
+        expected = {window_id: (score, rank) for _, _, window_id, score, rank in kept_rows(choice)}
+    kept = select_table(table, LONGATTN, keep=0.3)
+    assert {row["window_id"]: (row["score"], row["rank"]) for row in kept.to_pylist()} == expected
+    assert kept["rank"].to_pylist() == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4]
+    assert len(select_table(table, LONGATTN, budget=1)) == 0

@@ -77,8 +77,9 @@ def write_dataset(
             after 256 MiB.
         text, input_ids: whether to write these columns.
         card: facts for the card, shown in their order: `method`, `parameters` (a dict), `model`, `revision`,
-            `window`, `group_by`, … A key `citation` gets a section of its own. The card holds no time but
-            what is passed here, so that the same selection has the same bytes.
+            `window`, `group_by`, … A key `citation` gets a section of its own; keep, budget and mix are those
+            of `choice`. The card holds no time but what is passed here, so that the same selection has the same
+            bytes.
 
     Raises:
         UsageError: an unknown format.
@@ -130,16 +131,12 @@ def _take(choice: Choice, windows: Path, columns: list[str]) -> Iterator[pa.Tabl
                     table = pa.Table.from_batches([batch]).take(pa.array(wanted[start:end] - first))
                     if table.column("window_id").to_pylist() != rows.column("window_id").to_pylist():
                         raise _other_windows(path)
-                    yield table.append_column("score", rows.column("score")).append_column(
-                        "rank", rows.column("rank")
-                    )
+                    yield table.append_column("score", rows.column("score")).append_column("rank", rows.column("rank"))
                 first += len(batch)
 
 
 def _other_windows(path: Path) -> OutputError:
-    return OutputError(
-        f"{path} does not hold the windows that were scored. Score them again with --overwrite."
-    )
+    return OutputError(f"{path} does not hold the windows that were scored. Score them again with --overwrite.")
 
 
 # --- metadata: from a JSON object a document to columns -------------------------------------------------
@@ -269,8 +266,7 @@ def _flat(table: pa.Table, metadata: _Metadata, schema: pa.Schema) -> pa.Table:
     parsed = _parsed(table.column("metadata"))
     columns = {column.name: pa.array(map(column.value, parsed), column.type) for column in metadata.columns}
     arrays = [
-        columns[field.name] if field.name in columns else table.column(field.name).cast(field.type)
-        for field in schema
+        columns[field.name] if field.name in columns else table.column(field.name).cast(field.type) for field in schema
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
 
@@ -365,9 +361,7 @@ def _card(choice: Choice, facts: Mapping[str, Any], schema: pa.Schema, format: s
     front: dict[str, Any] = {
         "tags": ["long-context", "longsift"],
         "size_categories": [_size_category(choice.kept)],
-        "configs": [
-            {"config_name": "default", "data_files": [{"split": "train", "path": f"part-*.{suffix}"}]}
-        ],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": f"part-*.{suffix}"}]}],
     }
     if format == "jsonl":
         # Without types, the first megabytes of a JSON file decide them, and a later key is an error.
@@ -414,7 +408,7 @@ def _card(choice: Choice, facts: Mapping[str, Any], schema: pa.Schema, format: s
 
 def _facts(choice: Choice, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in facts.items():
-        if key == "citation" or value is None or value == {}:
+        if key in ("citation", "keep", "budget", "mix") or value is None or value == {}:
             continue
         if isinstance(value, Mapping):
             value = ", ".join(f"{name}={part}" for name, part in value.items())
@@ -436,9 +430,7 @@ def _feature(kind: pa.DataType) -> dict[str, Any]:
         return {"list": inner.get("dtype") or inner.get("struct") or inner}
     if pa.types.is_struct(kind):
         return {
-            "struct": [
-                {"name": kind.field(i).name, **_feature(kind.field(i).type)} for i in range(kind.num_fields)
-            ]
+            "struct": [{"name": kind.field(i).name, **_feature(kind.field(i).type)} for i in range(kind.num_fields)]
         }
     return {"dtype": {"double": "float64"}.get(str(kind), str(kind))}
 

@@ -24,6 +24,7 @@ from longsift.errors import OutputError, UsageError
 from longsift.tables import SCORE_KEYS, parquet_files
 
 _MEMORY = "2GB"  # DuckDB's own limit; above it, sorts spill to disk
+_CHOSEN = pa.schema({"row": pa.int64(), "window_id": pa.string(), "score": pa.float64(), "rank": pa.int64()})
 _MIX_TOLERANCE = Fraction(1, 1_000_000)
 
 
@@ -336,7 +337,7 @@ def select_table(
     with tempfile.TemporaryDirectory(prefix="longsift-scores-") as folder:
         pq.write_table(scores, Path(folder) / "scores.parquet")
         with choose(Path(folder), rule, keep=keep, budget=budget) as choice:
-            chosen = pa.concat_tables(table for _, table in choice.chosen())
+            chosen = pa.concat_tables([_CHOSEN.empty_table(), *(table for _, table in choice.chosen())])
     kept = scores.take(chosen["row"])
     for name in ("score", "rank"):
         kept = kept.append_column(name, chosen[name])
