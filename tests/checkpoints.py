@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def make_config(family: str, *, layers: int = 3, **changes: Any) -> Any:
     """The transformers configuration of a small model of `family`; `changes` win."""
     name, own = FAMILIES[family]
-    values = {**_COMMON, "num_hidden_layers": layers, **own, **changes}
+    values = {**_COMMON, "num_hidden_layers": layers, **copy.deepcopy(own), **changes}  # configs keep and fill dicts
     for key, entries in values.items():
         if key in ("layer_types", "no_rope_layers"):
             values[key] = [entries[i % len(entries)] for i in range(layers)]
@@ -88,9 +89,7 @@ def make_config(family: str, *, layers: int = 3, **changes: Any) -> Any:
     return getattr(transformers, name)(**values)
 
 
-def make_checkpoint(
-    folder: Path, family: str, *, layers: int = 3, sharded: bool = False, **changes: Any
-) -> Path:
+def make_checkpoint(folder: Path, family: str, *, layers: int = 3, sharded: bool = False, **changes: Any) -> Path:
     """Write a random-weight checkpoint of `family` to `folder`: the same weights each time.
 
     Args:

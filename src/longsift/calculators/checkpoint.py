@@ -1,7 +1,8 @@
 """Find a checkpoint, and read from it the tensors that are needed and no other bytes.
 
-A safetensors file is an 8-byte length, a JSON header of that length with the type, shape and byte range of every tensor,
-and the bytes. So a few tensors of a checkpoint of hundreds of gigabytes cost a few range requests, wherever it lies.
+A safetensors file is an 8-byte length, a JSON header of that length with the type, shape and byte range of
+every tensor, and the bytes. So a few tensors of a checkpoint of hundreds of gigabytes cost a few range requests,
+wherever it lies.
 """
 
 from __future__ import annotations
@@ -82,9 +83,9 @@ def locate(model: str, revision: str | None = None) -> Location:
     """Find the checkpoint that `model` names.
 
     Args:
-        model: "embedded" (the calculator of this package), a folder, a `.safetensors` file with its `config.json`
-            beside it, or a hub id `org/name` or `org/name@revision`. A hub model is taken from the local cache when it is
-            there as a whole.
+        model: "embedded" (the calculator of this package), a folder, a `.safetensors` file with its
+            `config.json` beside it, or a hub id `org/name` or `org/name@revision`. A hub model is taken from
+            the local cache when it is there as a whole.
         revision: branch, tag or commit of a hub model.
 
     Raises:
@@ -119,9 +120,7 @@ def _single_file(name: str, path: Path) -> Location:
     if path.suffix != ".safetensors":
         raise _not_safetensors(name, path.name)
     if not (path.parent / "config.json").is_file():
-        raise ModelError(
-            f"'{name}' has no config.json beside it; put the model's config.json into {path.parent}."
-        )
+        raise ModelError(f"'{name}' has no config.json beside it; put the model's config.json into {path.parent}.")
     return Location(name, str(path.parent), str(path.parent), None, path.name)
 
 
@@ -165,9 +164,7 @@ def _weights_among(name: str, files: list[str]) -> str:
         ggufs = [file for file in files if file.endswith(".gguf")]
         if ggufs:
             raise _not_safetensors(name, ggufs[0])
-        raise ModelError(
-            f"'{name}' holds no config.json, so it is not a checkpoint that transformers can read."
-        )
+        raise ModelError(f"'{name}' holds no config.json, so it is not a checkpoint that transformers can read.")
     for weights in (INDEX, SINGLE):
         if weights in files:
             return weights
@@ -177,9 +174,7 @@ def _weights_among(name: str, files: list[str]) -> str:
     other = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
     if other:
         raise _not_safetensors(name, other[0])
-    raise ModelError(
-        f"'{name}' holds no weights: looked for {INDEX}, {SINGLE} and a single .safetensors file."
-    )
+    raise ModelError(f"'{name}' holds no weights: looked for {INDEX}, {SINGLE} and a single .safetensors file.")
 
 
 def _not_safetensors(name: str, file: str) -> ModelError:
@@ -196,8 +191,8 @@ def _not_safetensors(name: str, file: str) -> ModelError:
 def _unreachable(repo: str, error: Exception) -> ModelError:
     return ModelError(
         f"The model {repo} is not in the local cache as a whole and the hub cannot be reached "
-        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}). Download it where there "
-        f"is a network with `hf download {repo}`, or pass the path of a local folder."
+        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}). Download it "
+        f"where there is a network with `hf download {repo}`, or pass the path of a local folder."
     )
 
 
@@ -219,9 +214,7 @@ class Checkpoint:
     def prefix_of(self, names: Sequence[str]) -> str | None:
         """The one prefix, such as "model.", under which it holds every one of a model's `names`; else None."""
         first = names[0]
-        prefixes = {
-            stored.removesuffix(first) for stored in self._file_of if f".{stored}".endswith(f".{first}")
-        }
+        prefixes = {stored.removesuffix(first) for stored in self._file_of if f".{stored}".endswith(f".{first}")}
         complete = [prefix for prefix in prefixes if all(prefix + name in self._file_of for name in names)]
         return complete[0] if len(complete) == 1 else None
 
@@ -229,16 +222,15 @@ class Checkpoint:
         """The named tensors, in the type that they are stored in.
 
         Raises:
-            ModelError: no such tensor, a file that is missing, cut short or damaged, or a type that is not plain floats.
+            ModelError: no such tensor, a file that is missing, cut short or damaged, or a type that is not plain
+                floats.
         """
         by_file = defaultdict(list)
         for name in names:
             if name not in self._file_of:
                 raise ModelError(f"{self.location.name} holds no tensor '{name}'.")
             by_file[self._file_of[name]].append(name)
-        return {
-            name: tensor for file in sorted(by_file) for name, tensor in self._read_from(file, by_file[file])
-        }
+        return {name: tensor for file in sorted(by_file) for name, tensor in self._read_from(file, by_file[file])}
 
     def _read_index(self) -> dict[str, str]:
         weights = self.location.weights

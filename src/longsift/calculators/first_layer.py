@@ -1,13 +1,14 @@
 """The first-layer calculator: queries and keys of a model's first decoder layer, from look-up tables.
 
-Before RoPE, what the first layer makes of a token depends on that token alone (Wu et al., Findings of ACL 2025,
-arXiv 2502.16860, use the first layer only). So its projections are computed once a vocabulary entry and looked up from
-then on, and of a checkpoint only the weights on the way from a token to its query and key are read: the embedding, the
-input norm, the q and k projections with their biases, and q/k norms.
+Before RoPE, what the first layer makes of a token depends on that token alone (LongAttn, Wu et al., Findings of
+ACL 2025, arXiv 2502.16860, uses that layer only). So its projections are computed once a vocabulary entry and
+looked up from then on, and of a checkpoint only the weights on the way from a token to its query and key are
+read: the embedding, the input norm, the q and k projections with their biases, and q/k norms.
 
-Nothing here knows an architecture. One traced forward of the model's own first layer shows which linear maps read the
-normed embedding (these become tables) and which weights queries and keys depend on (these are read); norms of q and k
-and RoPE are done by the model's own code on the looked-up rows. A check at load compares the tables with the plain layer.
+Nothing here knows an architecture. One traced forward of the model's own first layer shows which linear maps read
+the normed embedding (these become tables) and which weights queries and keys depend on (these are read); norms of
+q and k and RoPE are done by the model's own code on the looked-up rows. A check at load compares the tables with
+the plain layer.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from longsift.calculators.interface import (
 )
 from longsift.errors import ModelError, UnsupportedModel
 
-# Rows of one table computation, always exactly so many (padded). Matrix libraries choose their kernel by the number of
-# rows, so a fixed number makes a row the same whatever else is computed with it. And it is large enough that a window
-# of as many tokens gets the same kernel, hence the same bits, from the plain layer: with MKL on AVX-512 rows of float32
-# products were found to change below 3 (64 columns) to 513 (4096 columns) rows, and not above.
+# Rows of one table computation, always exactly so many (padded). Matrix libraries choose their kernel by the
+# number of rows, so a fixed number makes a row the same whatever else is computed with it. And it is large enough
+# that a window of as many tokens gets the same kernel, hence the same bits, from the plain layer: with MKL on
+# AVX-512, a row of a float32 product was found to change with the number of rows up to 2 of them (64 columns) or up
+# to 512 (4096 columns), and not above.
 CHUNK = 1024
 
-# Tables of the whole vocabulary are kept up to this size; a larger vocabulary is computed anew in each call, for the
-# distinct tokens of that call. Llama-3.1-8B in float32 takes 2.6 GB of it. On a CPU only rows in use take memory.
+# Tables of the whole vocabulary are kept up to this size; larger ones are computed anew in each call, for the
+# distinct tokens of that call. Llama-3.1-8B takes 2.6 GB in float32. On a CPU only rows in use take memory.
 TABLE_BYTES = 4 * 2**30
 
 
@@ -67,9 +69,7 @@ class FirstLayer:
         width = sum(projection.width for projection in self._projections)
         self._keeps_tables = self.vocab_size * width * self._dtype.itemsize <= TABLE_BYTES
         self._tables: list[torch.Tensor] = []
-        self._filled = torch.zeros(
-            self.vocab_size if self._keeps_tables else 0, dtype=torch.bool, device=device
-        )
+        self._filled = torch.zeros(self.vocab_size if self._keeps_tables else 0, dtype=torch.bool, device=device)
         if self._keeps_tables:
             self._tables = [
                 torch.empty(self.vocab_size, projection.width, dtype=self._dtype, device=device)
@@ -91,7 +91,7 @@ class FirstLayer:
         """Read the first layer of a model.
 
         Args:
-            model: "embedded", a folder, a `.safetensors` file or a hub id (see `longsift.calculators.checkpoint.locate`).
+            model: "embedded", a folder, a `.safetensors` file or a hub id, as `checkpoint.locate` takes them.
             revision: branch, tag or commit of a hub model.
             device: where the queries and keys are computed.
             dtype: the type they are computed in; by default float32 on a CPU and the checkpoint's type elsewhere.
@@ -105,12 +105,8 @@ class FirstLayer:
         """
         location = locate(model, revision)
         target = torch.device(device)
-        config = keep_layers(
-            read_config(location, trust_remote_code=trust_remote_code, rope_theta=rope_theta), 1
-        )
-        network = build_unallocated(
-            config, choose_dtype(config, target, dtype), trust_remote_code=trust_remote_code
-        )
+        config = keep_layers(read_config(location, trust_remote_code=trust_remote_code, rope_theta=rope_theta), 1)
+        network = build_unallocated(config, choose_dtype(config, target, dtype), trust_remote_code=trust_remote_code)
         checkpoint = Checkpoint(location)
         _place(network, {}, target)
         trace = _trace(network, config, target)
@@ -133,9 +129,9 @@ class FirstLayer:
         length = input_ids.shape[1]
         if seen.window is not None and seen.window < length:
             raise ModelError(
-                f"The first layer of {self._location.name} sees only the last {seen.window} tokens, so it cannot measure "
-                f"what a window of {length} has to do with its far past. Choose a model whose first layer is global, or "
-                "--method ladm, which measures the global layers."
+                f"The first layer of {self._location.name} sees only the last {seen.window} tokens, so it cannot "
+                f"measure what a window of {length} has to do with its far past. Choose a model whose first layer "
+                "is global, or --method ladm, which measures the global layers."
             )
         return seen.attention
 
@@ -186,7 +182,7 @@ class FirstLayer:
     def _project(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """What every projection makes of distinct tokens, (n,) → [(n, width)]."""
         made: list[list[torch.Tensor]] = [[] for _ in self._projections]
-        for chunk in tokens.split(CHUNK):
+        for chunk in torch.split(tokens, CHUNK):
             padded = nn.functional.pad(chunk, (0, CHUNK - len(chunk)), value=int(chunk[0]))
             self._plain(padded[None])
             for rows, projection in zip(made, self._projections, strict=True):
@@ -194,7 +190,7 @@ class FirstLayer:
         return [torch.cat(rows) for rows in made]
 
     def _check(self) -> dict[str, int]:
-        """Compare tables with the plain layer over repeated tokens at many positions; the layer's shape if they agree."""
+        """The layer's shape, if tables agree with the plain layer over repeated tokens at many positions."""
         some = torch.Generator().manual_seed(0)
         few = torch.randint(self.vocab_size, (48,), generator=some)
         ids = few[torch.randint(len(few), (1, CHUNK), generator=some)].to(self._device)
@@ -205,9 +201,9 @@ class FirstLayer:
             largest = float(theirs.abs().max())
             if not float((ours - theirs).abs().max()) <= tolerance * largest:
                 raise UnsupportedModel(
-                    f"In the first layer of {self._location.name} ('{self._config.model_type}') queries and keys depend on "
-                    "more than the token and its position, so tables cannot give them. Use another model, or --method "
-                    "ladm, which runs the whole model."
+                    f"In the first layer of {self._location.name} ('{self._config.model_type}') queries and keys "
+                    "depend on more than the token and its position, so tables cannot give them. Use another "
+                    "model, or --method ladm, which runs the whole model."
                 )
         return {"heads": plain.q.shape[1], "kv_heads": plain.k.shape[1], "head_dim": plain.q.shape[-1]}
 
@@ -264,9 +260,7 @@ def _observe(network: nn.Module, input_ids: torch.Tensor) -> Seen:
 
     run(network, input_ids, observer)
     if not calls or calls[0].attention.layer != 0:
-        raise UnsupportedModel(
-            "The model's first layer has no attention that can be observed. Use another model."
-        )
+        raise UnsupportedModel("The model's first layer has no attention that can be observed. Use another model.")
     return calls[0]
 
 

@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel
 
 from longsift.attention import causal_attention
 from longsift.calculators import LayerAttention
@@ -58,7 +57,7 @@ class FullModel:
 
         def look(seen: Seen) -> torch.Tensor:
             probe[seen.attention.layer] = seen
-            return _attention_output(seen)
+            return attention_output(seen)
 
         run(network, torch.zeros(1, 2, dtype=torch.int64, device=device), look)
         if sorted(probe) != list(range(config.num_hidden_layers)):
@@ -86,7 +85,7 @@ class FullModel:
         """Read a model, up to the last layer that is wanted.
 
         Args:
-            model: "embedded", a folder, a `.safetensors` file or a hub id (see `longsift.calculators.checkpoint.locate`).
+            model: "embedded", a folder, a `.safetensors` file or a hub id, as `checkpoint.locate` takes them.
             revision: branch, tag or commit of a hub model.
             device: where the model runs.
             dtype: the type it runs in; by default float32 on a CPU and the checkpoint's type elsewhere.
@@ -105,20 +104,15 @@ class FullModel:
         total = int(config.num_hidden_layers)
         wanted = None if layers is None else tuple(sorted(set(layers)))
         if wanted is not None and (not wanted or wanted[0] < 0 or wanted[-1] >= total):
-            raise UsageError(
-                f"--layers {list(layers or ())}: {location.name} has the layers 0 to {total - 1}."
-            )
+            raise UsageError(f"--layers {list(layers or ())}: {location.name} has the layers 0 to {total - 1}.")
         config = keep_layers(config, total if wanted is None else wanted[-1] + 1)
-        chosen = choose_dtype(config, target, dtype)
         # Refuses what cannot be measured before any weights are fetched.
-        plan = build_unallocated(config, chosen, trust_remote_code=trust_remote_code)
-        network = _load_network(
-            location.downloaded(), config, plan, chosen, trust_remote_code=trust_remote_code
-        )
+        plan = build_unallocated(config, choose_dtype(config, target, dtype), trust_remote_code=trust_remote_code)
+        network = _load_network(location.downloaded(), plan)
         return cls(network.to(target), config, location, target, wanted)
 
     def global_layers(self, length: int) -> tuple[int, ...]:
-        """The layers that are measured in a window of `length` tokens: those wanted whose every query sees its whole past.
+        """The layers that are measured in a window of `length` tokens: those whose every query sees its whole past.
 
         Raises:
             ModelError: there is none, or a layer that was asked for by number sees less.
@@ -131,8 +125,8 @@ class FullModel:
             )
         if not seeing:
             raise ModelError(
-                f"No layer of {self._location.name} sees the whole of a window of {length} tokens. Use shorter windows or "
-                "another model."
+                f"No layer of {self._location.name} sees the whole of a window of {length} tokens. Use shorter "
+                "windows or another model."
             )
         return self._layers if self._layers is not None else seeing
 
@@ -162,7 +156,7 @@ class FullModel:
                 results[layer] = reduction(seen.attention)
                 if len(results) == len(measured):
                     raise Enough
-            return _attention_output(seen)
+            return attention_output(seen)
 
         run(self._network, ids, observer)
         return results
@@ -185,7 +179,8 @@ class FullModel:
         }
 
 
-def _attention_output(seen: Seen) -> torch.Tensor:
+def attention_output(seen: Seen) -> torch.Tensor:
+    """What the layer goes on with: its attention applied to its values, (batch, heads, length, head_dim)."""
     attention = seen.attention
     window = seen.window if seen.window is not None and seen.window < attention.q.shape[2] else None
     return causal_attention(
@@ -198,33 +193,31 @@ def _attention_output(seen: Seen) -> torch.Tensor:
     )
 
 
-def _load_network(
-    location: Location, config: Any, plan: nn.Module, dtype: torch.dtype, *, trust_remote_code: bool
-) -> nn.Module:
+def _load_network(location: Location, plan: Any) -> nn.Module:
+    """The network that `plan` is without its weights, with them, in the type that it was planned in."""
     # A language model saved as part of a larger one has its tensors under a prefix that the library does not
     # expect. There is no such prefix where it must convert tensors, as for experts; these names it knows.
     prefix = Checkpoint(location).prefix_of([name for name, _ in plan.named_parameters()])
-    expected = ("", f"{plan.base_model_prefix}.", None)
+    foreign = prefix is not None and prefix not in ("", f"{plan.base_model_prefix}.")
     named = location.weights == SINGLE or location.weights.endswith(".json")
     try:
         with quiet():
-            network, info = AutoModel.from_pretrained(
+            network, info = type(plan).from_pretrained(
                 location.folder if named else None,
                 state_dict=None if named else load_file(f"{location.folder}/{location.weights}"),
-                config=config,
-                key_mapping={f"^{re.escape(prefix)}": ""} if prefix not in expected else None,
-                dtype=dtype,
+                config=plan.config,
+                key_mapping={f"^{re.escape(prefix or '')}": ""} if foreign else None,
+                dtype=plan.dtype,
                 attn_implementation=BACKEND,
                 use_safetensors=True,
-                trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ModelError(f"The weights of {location.name} cannot be loaded: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{location.name} lacks {len(missing)} tensors of the model that its config.json describes, for example "
-            f"'{missing[0]}'. Use a checkpoint saved by transformers for this very model."
+            f"{location.name} lacks {len(missing)} tensors of the model that its config.json describes, for "
+            f"example '{missing[0]}'. Use a checkpoint saved by transformers for this very model."
         )
     loaded: nn.Module = network.eval()
     return loaded.requires_grad_(False)

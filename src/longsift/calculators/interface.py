@@ -1,8 +1,8 @@
 """What the calculators share: the model's configuration, and the place where its queries and keys are seen.
 
-transformers lets every model that supports "attention backends" call a registered function in place of its attention.
-That function, here `_attend`, hands the queries and keys of each layer to whoever observes the forward; so no code of
-any one architecture is copied, and what is measured is what the model itself computes.
+transformers lets every model that supports "attention backends" call a registered function in place of its
+attention. That function, here `_attend`, hands the queries and keys of each layer to whoever observes the forward;
+so no code of any one architecture is copied, and what is measured is what the model itself computes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from longsift.errors import ModelError, UnsupportedModel, UsageError
 
 BACKEND = "longsift"  # must not look like one of the library's own kernels nor like a hub id
 
-# Arguments of an attention function that carry no information for a whole, unpadded, uncached window in evaluation mode.
+# Arguments of an attention function that say nothing about the probabilities in whole, unpadded, uncached windows.
 _HARMLESS = {
     "cache_position",
     "dropout",
@@ -63,7 +63,7 @@ _observer: ContextVar[Observer] = ContextVar("observer")
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Within the block, every attention layer calls `observer`, which returns (batch, heads, length, ·) or raises Enough."""
+    """Within the block, every attention layer calls `observer`, which gives (batch, heads, length, ·) or ends it."""
     token = _observer.set(observer)
     try:
         yield
@@ -99,9 +99,7 @@ def _attend(
         _refuse(module, "does not number its attention layers")
     for name, given in others.items():
         if given is not None and name not in _HARMLESS:
-            _refuse(
-                module, f"passes '{name}' to its attention, which changes the probabilities in an unknown way"
-            )
+            _refuse(module, f"passes '{name}' to its attention, which changes the probabilities in an unknown way")
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
     masked = None if attention_mask is None else _window_of(module, attention_mask)
     if masked != window:
@@ -207,9 +205,7 @@ def _set_rope_theta(config: Any, theta: float, name: str) -> None:
         full = {**parameters["full_attention"], "rope_theta": theta}
         config.rope_parameters = {**parameters, "full_attention": full}
     else:
-        raise UsageError(
-            f"{name} keeps its RoPE base in an unknown place, so --rope-theta does not apply to it."
-        )
+        raise UsageError(f"{name} keeps its RoPE base in an unknown place, so --rope-theta does not apply to it.")
 
 
 def keep_layers(config: Any, layers: int) -> Any:
@@ -253,7 +249,8 @@ def build_unallocated(config: Any, dtype: torch.dtype, *, trust_remote_code: boo
             )
     except (ValueError, KeyError) as error:
         raise UnsupportedModel(
-            f"transformers cannot build the architecture '{config.model_type}' with an attention of ours: {error}"
+            f"transformers cannot build the architecture '{config.model_type}' with an attention of ours "
+            f"({type(error).__name__}: {error}). Use another model with --model."
         ) from error
     if not getattr(network, "_supports_attention_backend", False):
         _refuse(network, "does not let its attention be observed (no attention backend in transformers)")
