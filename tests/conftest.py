@@ -8,9 +8,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from checkpoints import make_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from checkpoints import make_checkpoint
 
 VOCABULARY = 512
 

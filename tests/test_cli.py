@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from test_pipeline import as_json, longsift
 
 from longsift.cli import app
+from test_pipeline import as_json, longsift
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = typer.main.get_command(app).commands

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
-from test_pipeline import longsift, table
 
 import longsift as package
+from test_pipeline import longsift, table
 
 GOLDEN = Path(__file__).parent / "golden"
 ABLATIONS = {"No": None, "no_std": "no-std", "no_len_weight": "no-len-weight"}
