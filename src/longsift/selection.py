@@ -555,13 +555,13 @@ def _by_shard(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.Table
             shard = int(shards[start])
             end = int(shards.searchsorted(shard, side="right"))
             if current is not None and shard != current:
-                yield current, pa.Table.from_batches(pieces).drop_columns(["shard"])
+                yield current, pa.Table.from_batches(pieces).select(_CHOSEN.names).cast(_CHOSEN)
                 pieces = []
             current = shard
             pieces.append(batch.slice(start, end - start))
             start = end
     if current is not None:
-        yield current, pa.Table.from_batches(pieces).drop_columns(["shard"])
+        yield current, pa.Table.from_batches(pieces).select(_CHOSEN.names).cast(_CHOSEN)
 
 
 def _exact(value: float) -> Fraction:
