@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import fsspec
 import pytest
 from datasets import Dataset, DatasetDict
 from fsspec.registry import _registry
 
+from longsift.documents import ReadOptions, read_documents
 from longsift.errors import InputError
 from longsift.sources import find_sources
 
@@ -153,16 +157,63 @@ def test_every_fsspec_file_system_is_listed_alike(memory: fsspec.AbstractFileSys
     assert find_sources(["memory://corpus/data/*"]) == find_sources(["memory://corpus"])
 
 
-def test_hub_datasets_go_through_the_hub_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import HfFileSystem
+HUB_FILES = {"data/a.jsonl": b'{"text": "a"}\n{"text": "b"}\n', "README.md": b"", "dataset_infos.json": b"{}\n"}
 
-    listed = []
 
-    def info(self: HfFileSystem, path: str, **kwargs: object) -> dict[str, object]:
-        listed.append(path)
-        raise FileNotFoundError(path)
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's HTTP API as reading the dataset org/name takes."""
 
-    monkeypatch.setattr(HfFileSystem, "info", info)
-    with pytest.raises(InputError, match=r"hf://datasets/org/name@v1"):
-        find_sources(["hf://datasets/org/name@v1"])
-    assert listed == ["datasets/org/name@v1"]
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/datasets/org/name/tree/"):
+            files = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in HUB_FILES.items()]
+            folder = {"type": "directory", "path": "data", "size": 0, "oid": "0"}
+            self.answer(json.dumps([folder, *files]).encode())
+        elif path in ("/api/datasets/org/name", "/api/datasets/org/name/revision/v1"):
+            self.answer(json.dumps({"id": "org/name", "sha": "0" * 40}).encode())
+        elif path.startswith("/datasets/org/name/resolve/v1/"):
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            self.answer(HUB_FILES[path.split("/", 6)[6]][int(first) : int(last) + 1], status=206)
+        else:
+            self.answer(b"{}", status=404)
+
+    def answer(self, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hub on this machine."""
+    import huggingface_hub
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": f"http://127.0.0.1:{server.server_port}"})
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    yield
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_dataset_on_the_hub_is_read_at_its_revision() -> None:
+    [source] = find_sources(["hf://datasets/org/name@v1"])
+    assert (source.url, source.name, source.size) == ("hf://datasets/org/name@v1/data/a.jsonl", "a", 28)
+    assert [getattr(row, "text", row) for row in read_documents(source, ReadOptions())] == ["a", "b"]
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_dataset_that_the_hub_does_not_know_is_an_error() -> None:
+    with pytest.raises(InputError, match="hf://datasets/org/none"):
+        find_sources(["hf://datasets/org/none"])
