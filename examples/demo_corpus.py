@@ -20,12 +20,13 @@ from pathlib import Path
 
 import zstandard
 
-SHORTEST, LONGEST = 30_000, 400_000  # characters of a document
-CODE = "asyncio collections concurrent ctypes curses email encodings html http importlib json logging multiprocessing"
-CODE += " sqlite3 unittest urllib wsgiref xml xmlrpc zoneinfo argparse tarfile typing statistics subprocess inspect"
-MANUAL = "argparse builtins decimal socket tarfile typing logging pathlib subprocess email.message unittest.mock"
-MANUAL += " xml.etree.ElementTree http.client urllib.request datetime collections os turtle ctypes threading"
-PACKAGES = "jinja2 fsspec rich typer huggingface_hub safetensors yaml duckdb"
+SHORTEST, LONGEST = 30_000, 100_000  # characters of a document
+CODE = "asyncio collections concurrent ctypes email http importlib json logging multiprocessing unittest urllib xml"
+MANUAL = (
+    "argparse builtins decimal socket typing logging pathlib subprocess email.message unittest.mock datetime turtle"
+)
+PACKAGES = "jinja2 fsspec rich typer huggingface_hub safetensors yaml duckdb pyarrow tokenizers numpy"
+MIXED, MIXED_LENGTH = 12, 60_000  # documents, characters of each
 
 
 def sources(folder: Path) -> str:
@@ -64,15 +65,16 @@ def mixed() -> Iterator[tuple[str, str]]:
     pieces = []
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text = file.read_text("utf-8", "replace")
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                piece = ast.get_source_segment(text, node) or ""
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                piece = "\n".join(lines[node.lineno - 1 : node.end_lineno])
                 if 200 < len(piece) < 2_000:
                     pieces.append(piece)
     random.Random(0).shuffle(pieces)
     joined = "\n\n\n".join(pieces)
-    for i in range(12):
-        yield f"functions-{i}", joined[i * 40_000 : (i + 1) * 40_000]
+    for i in range(MIXED):
+        yield f"functions-{i}", joined[i * MIXED_LENGTH : (i + 1) * MIXED_LENGTH]
 
 
 def main(path: Path) -> None:
