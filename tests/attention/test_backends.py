@@ -244,27 +244,32 @@ def test_an_error_in_a_block_reaches_the_caller(monkeypatch: pytest.MonkeyPatch)
 
 
 MEMORY_PROGRAM = """
-import resource, sys, torch
+import sys, torch
 from longsift.attention import causal_attention, far_statistics, span_focus
+
 measures = {
     "far_statistics": lambda q, k: far_statistics(q, k, q.shape[2] // 4),
     "span_focus": lambda q, k: span_focus(q, k, 128),
     "soft-capped output": lambda q, k: causal_attention(q, k, k, scale=0.1, softcap=5.0),
     "sliding output": lambda q, k: causal_attention(q, k, k, scale=0.1, sliding_window=512),
 }
+
+def status(key):  # not resource.ru_maxrss: a process inherits that from the one that started it
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
 measure = measures[sys.argv[1]]
 q, k = torch.randn(1, 2, 8192, 32), torch.randn(1, 1, 8192, 32)
 measure(q[:, :, :1024], k[:, :, :1024])  # threads, library buffers
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = status("VmRSS")
 measure(q, k)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(status("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", ["far_statistics", "span_focus", "soft-capped output", "sliding output"])
 def test_memory_stays_far_under_one_map(name: str) -> None:
-    run = subprocess.run([sys.executable, "-c", MEMORY_PROGRAM, name], capture_output=True, text=True, check=True)
-    growth = int(run.stdout) * 1024
+    command = [sys.executable, "-c", MEMORY_PROGRAM, name]
+    growth = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 1024
     one_map = 2 * 8192 * 8192 * 4
-    assert growth < one_map / 8, f"{growth / 2**20:.0f} MiB"
+    assert growth < one_map / 5, f"{growth / 2**20:.0f} MiB"

@@ -203,7 +203,7 @@ def _focus_block(q: Tensor, k: Tensor, start: int, lead: int, span: int, scale: 
     own = lead + (min(start, keys) - lead) // span * span  # start of the queries' own span
     step = max(TILE_KEYS // span, 1) * span
     tiles = [(first, min(first + step, own)) for first in range(lead, own, step)]
-    softmax = _OnlineSoftmax(q, scale, softcap)
+    softmax = _OnlineSoftmax(q, scale, softcap, max(TILE_KEYS, span))
     for first, last in _pieces(0, lead):
         softmax.exponentials(k[first:last])
     parts, peaks = [], []
@@ -229,24 +229,28 @@ class _OnlineSoftmax:
         total: sum of exp(logit - peak) over the keys seen so far, (group·rows, 1).
     """
 
-    def __init__(self, q: Tensor, scale: float, softcap: float | None) -> None:
+    def __init__(self, q: Tensor, scale: float, softcap: float | None, widest: int = TILE_KEYS) -> None:
         self._softcap = softcap
         factor = scale if softcap is None else scale / softcap
         self._group = q.shape[0]
         self._q = q.to(_compute_dtype(q)).mul(factor).flatten(0, 1)  # (group·rows, head_dim)
         self.peak = self._q.new_full((self._q.shape[0], 1), -torch.inf)
         self.total = torch.zeros_like(self.peak)
+        # One tile for all: a new one each time would be given back to the system and faulted in again.
+        self._tile = self._q.new_empty(self._q.shape[0] * widest)
 
     def exponentials(self, k: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """exp(logits - peak) of the next keys (keys, head_dim), and the factor for older sums.
 
+        The exponentials (group·rows, keys) are valid until the next call; keys must be at most `widest`.
         `hidden` (rows, keys) is True where a query must not see a key; in the first tile each must see one.
         """
-        e = self._q @ k.to(self._q.dtype).T
+        rows, keys = self._q.shape[0], k.shape[0]
+        e = torch.mm(self._q, k.to(self._q.dtype).T, out=self._tile[: rows * keys].view(rows, keys))
         if self._softcap is not None:
             e.tanh_().mul_(self._softcap)
         if hidden is not None:
-            e.view(self._group, -1, k.shape[0]).masked_fill_(hidden, -torch.inf)
+            e.view(self._group, -1, keys).masked_fill_(hidden, -torch.inf)
         peak = torch.maximum(self.peak, e.amax(-1, keepdim=True))
         rescale = (self.peak - peak).exp_()
         e.sub_(peak).exp_()
