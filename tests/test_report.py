@@ -190,7 +190,12 @@ def test_windows_of_another_run_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "about", "ticks"),
-    [(0, 3, 3, [0, 1, 2, 3]), (-3.2, 10.6, 5, [0, 5, 10]), (0.13, 0.24, 5, [0.15, 0.2]), (0, 950, 3, [0, 500])],
+    [
+        (0, 3, 3, [0, 1, 2, 3]),
+        (-3.2, 10.6, 5, [0, 5, 10]),
+        (0.13, 0.24, 5, [0.15, 0.175, 0.2, 0.225]),
+        (0, 950, 3, [0, 500]),
+    ],
 )
 def test_axis_ticks_are_round_numbers(low: float, high: float, about: int, ticks: list[float]) -> None:
     from longsift.report import _ticks

@@ -303,7 +303,7 @@ def _chart(histogram: Histogram, cut: float | None) -> _Chart:
         top=_TOP,
         bottom=bottom,
         bars=bars,
-        x_ticks=[(x(tick), _tick(tick)) for tick in _ticks(histogram.low, histogram.high, 5)],
+        x_ticks=[(x(tick), _tick(tick)) for tick in _ticks(histogram.low, histogram.high, 6)],
         y_ticks=[(y(tick), _tick(tick)) for tick in y_ticks],
         cut=line,
         cut_at_left=line is not None and line < (_LEFT + right) / 2,
@@ -314,7 +314,7 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers between `low` and `high`."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= rough * 0.999)
+    step = next(step for step in (power, 2 * power, 2.5 * power, 5 * power, 10 * power) if step >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
