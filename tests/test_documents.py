@@ -279,7 +279,7 @@ def test_wrong_token_ids_in_parquet_make_bad_rows(tmp_path: Path) -> None:
 
 BAD_LINES = {
     "half an object": (b'{"text": "a"', "broken JSON"),
-    "a line break within a string": (b'{"text": "a\tb"}', "broken JSON"),
+    "a raw tab within a string": (b'{"text": "a\tb"}', "broken JSON"),
     "an integer of 5000 digits": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "broken JSON"),
     "objects nested 100,000 deep": (b"[" * 100_000, "JSON nested too deeply"),
     "a list": (b'["text"]', "not a JSON object"),

@@ -36,8 +36,8 @@ _PART_CHARS = 1 << 18
 _CONTEXT_CHARS = 2048
 # Places checked in one stretch before it is left whole.
 _TRIES = 4
-# Pre-tokenizers begin anew after a line break with ink on both sides.
-_PLACE = re.compile(r"\S\n(?=\S)")
+# Where pre-tokenizers begin anew: after a line break with ink on both sides, before a space between words.
+_PLACE = re.compile(r"\S\r?\n(?=\S)|\w(?= \w)")
 
 
 _T = TypeVar("_T")
