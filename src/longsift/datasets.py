@@ -27,7 +27,7 @@ from longsift.errors import OutputError, UsageError
 from longsift.selection import Choice
 
 _COLUMNS: dict[str, tuple[pa.DataType, str]] = {
-    "window_id": (pa.string(), "the window: `<doc_id>:<index>`"),
+    "window_id": (pa.string(), "the window: id of the document, a colon, number of the window"),
     "doc_id": (pa.string(), "the document that it was cut from"),
     "group": (pa.string(), "the group that it was ranked in"),
     "n_tokens": (pa.int32(), "its tokens, special tokens included"),

@@ -274,6 +274,7 @@ def choose(
     Rank 1 is the best score of its group; equal scores are ordered by window id, then by place in the table.
     Rows whose status is not "ok", or with a null or non-finite column, are counted as failed and never kept.
     The result depends on the table alone: not on the number of threads, nor on the run.
+    The ranking lies in a folder of its own under TMPDIR until the choice is closed, about 60 bytes a window.
 
     Args:
         scores: folder of the score files (`longsift.tables.SCORE_KEYS` and the rule's columns).
