@@ -23,12 +23,17 @@ import torch
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from longsift.errors import ModelError
+
+# What a read can end with. The hub's client has changed its HTTP library twice; the base of its own error is the
+# base of that library's errors (or an OSError anyway), broken connections included.
+_FAILURES: tuple[type[BaseException], ...] = (OSError, HfHubHTTPError.__bases__[0])
 
 EMBEDDED = Path(__file__).parent / "embedded"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -74,7 +79,7 @@ class Location:
             folder = huggingface_hub.snapshot_download(
                 self.pretrained, revision=self.revision, allow_patterns=["*.json", "*.safetensors", "*.py"]
             )
-        except (OSError, HfHubHTTPError) as error:
+        except _FAILURES as error:
             raise _unreachable(self.pretrained, error) from error
         return Location(self.name, folder, folder, self.revision, self.weights)
 
@@ -127,8 +132,10 @@ def _single_file(name: str, path: Path) -> Location:
 def _on_hub(name: str, repo: str, revision: str | None) -> Location:
     try:
         cached = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, FileNotFoundError):
+    except LocalEntryNotFoundError:
         cached = None
+    except HFValidationError as error:
+        raise ModelError(f"There is no model '{name}': no such folder, and it cannot be a hub id ({error}).") from error
     if cached is not None and _is_whole(cached):
         return _in_folder(name, cached, cached.name)
     try:
@@ -144,7 +151,7 @@ def _on_hub(name: str, repo: str, revision: str | None) -> Location:
             f"There is no model '{name}': no folder of that name here, and no public model {repo} on the hub. "
             "For a private one, `hf auth login` first."
         ) from error
-    except (OSError, HfHubHTTPError) as error:
+    except _FAILURES as error:
         raise _unreachable(repo, error) from error
     weights = _weights_among(name, [entry.rfilename for entry in info.siblings or ()])
     return Location(name, f"hf://{repo}@{info.sha}", repo, info.sha, weights)
@@ -188,7 +195,7 @@ def _not_safetensors(name: str, file: str) -> ModelError:
     )
 
 
-def _unreachable(repo: str, error: Exception) -> ModelError:
+def _unreachable(repo: str, error: BaseException) -> ModelError:
     return ModelError(
         f"The model {repo} is not in the local cache as a whole and the hub cannot be reached "
         f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}). Download it "
@@ -238,7 +245,7 @@ class Checkpoint:
             return dict.fromkeys(self._header(weights)[0], weights)
         try:
             text = self._fs.cat_file(f"{self._root}/{weights}")
-        except (OSError, HfHubHTTPError) as error:
+        except _FAILURES as error:
             raise self._damaged(weights, f"cannot be read ({error})") from error
         self.bytes_read += len(text)
         try:
@@ -251,9 +258,11 @@ class Checkpoint:
         if file in self._headers:
             return self._headers[file]
         try:
-            size = int(self._fs.info(f"{self._root}/{file}")["size"])
-        except (OSError, HfHubHTTPError, TypeError, KeyError) as error:
+            size = self._fs.size(f"{self._root}/{file}")
+        except _FAILURES as error:
             raise self._damaged(file, f"cannot be read ({error})") from error
+        if size is None:
+            raise self._damaged(file, "is served without its size, so its tensors cannot be read by range")
         if size < 8:
             raise self._damaged(file, f"is {size} bytes long")
         length = int.from_bytes(self._bytes(file, 0, 8), "little")
@@ -262,7 +271,7 @@ class Checkpoint:
         try:
             header = json.loads(bytes(self._bytes(file, 8, 8 + length)))
             header.pop("__metadata__", None)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise self._damaged(file, "has a header that is not JSON") from error
         self._headers[file] = header, 8 + length, size
         return self._headers[file]
@@ -306,7 +315,7 @@ class Checkpoint:
                     if len(piece) != stop - at:
                         raise self._damaged(file, f"ended after {at + len(piece):,} bytes")
                     view[at - begin : stop - begin] = piece
-        except (OSError, HfHubHTTPError) as error:
+        except _FAILURES as error:
             raise self._damaged(file, f"cannot be read ({error})") from error
         self.bytes_read += len(data)
         return data
