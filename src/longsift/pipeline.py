@@ -205,13 +205,17 @@ def select(
                 input_ids=options.input_ids,
                 card=_card(folder.manifest(), identity),
             )
-            groups = _group_rows(choice)
+            if not choice.kept:
+                log.warning(
+                    "nothing is kept: %s",
+                    "the budget is smaller than any window" if choice.windows else "no window was scored",
+                )
             result = {
                 "kept": choice.kept,
                 "of": choice.windows,
                 "kept_tokens": choice.kept_tokens,
                 "failed": choice.failed,
-                "groups": groups,
+                "groups": _group_rows(choice),
             }
             for quota in choice.quotas:
                 if quota.shortfall:

@@ -54,3 +54,8 @@ def test_an_unknown_method_is_answered_with_those_there_are():
 def test_an_unknown_normalization_is_refused():
     with pytest.raises(UsageError, match="zscore or minmax"):
         LongAttn(normalize="rank")
+
+
+def test_a_weight_that_is_no_number_is_refused():
+    with pytest.raises(UsageError, match="finite"):
+        LongAttn(alpha=float("nan"))
