@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ def windows(length: int = LENGTH, batch: int = 2) -> torch.Tensor:
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-def eager(folder: str) -> Any:
-    """The plain model of the library, with its own eager attention."""
+@cache
+def eager_run(folder: str) -> Any:
+    """What the library's own eager attention makes of `windows()`."""
     whole = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    return whole.eval().model
+    with torch.no_grad():
+        return whole.eval().model(input_ids=windows(), output_attentions=True, use_cache=False)
 
 
 def probabilities(attention: LayerAttention, window: int | None) -> torch.Tensor:
@@ -51,10 +54,9 @@ def keep(attention: LayerAttention) -> LayerAttention:
 def test_captured_queries_and_keys_give_the_probabilities_of_an_eager_run(
     family: str, checkpoint: Callable[[str], str]
 ) -> None:
-    folder, ids = checkpoint(family), windows()
-    with torch.no_grad():
-        expected = eager(folder)(input_ids=ids, output_attentions=True, use_cache=False).attentions
-    layers = FullModel.load(folder).reduce(ids, keep)
+    folder = checkpoint(family)
+    expected = eager_run(folder).attentions
+    layers = FullModel.load(folder).reduce(windows(), keep)
     assert list(layers) == {"gemma2": [1], "gemma3": [2]}.get(family, [0, 1, 2])
     for layer, attention in layers.items():
         assert attention.layer == layer
@@ -67,13 +69,12 @@ def test_captured_queries_and_keys_give_the_probabilities_of_an_eager_run(
 def test_hidden_states_after_our_attention_are_those_of_an_eager_run(
     family: str, checkpoint: Callable[[str], str]
 ) -> None:
-    folder, ids = checkpoint(family), windows()
+    folder = checkpoint(family)
     network = FullModel.load(folder)._network
     states: list[torch.Tensor] = []
     network.register_forward_hook(lambda *args: states.append(args[2].last_hidden_state))
-    run(network, ids, attention_output)
-    with torch.no_grad():
-        expected = eager(folder)(input_ids=ids, use_cache=False).last_hidden_state
+    run(network, windows(), attention_output)
+    expected = eager_run(folder).last_hidden_state
     assert float((states[0] - expected).norm() / expected.norm()) < 1e-5
 
 

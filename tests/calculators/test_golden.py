@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ def contextual_dependency(focus: torch.Tensor, starts: list[int], case: dict[str
     return torch.stack(scores).mean(0)
 
 
+@cache
+def load_full(model: str) -> FullModel:
+    return FullModel.load(str(GOLDEN / model))
+
+
 @cases("ladm")
 def test_span_focus_of_every_layer_gives_the_scores_of_ladm(model: str, case: dict[str, Any]) -> None:
     expected = load_file(GOLDEN / model / "expected.safetensors")
@@ -73,5 +79,5 @@ def test_span_focus_of_every_layer_gives_the_scores_of_ladm(model: str, case: di
         focus = span_focus(layer.q, layer.k, span, scale=layer.scale, query_spans=spans, average_heads=True)
         return contextual_dependency(focus.double(), starts, case)
 
-    layers = FullModel.load(str(GOLDEN / model)).reduce(expected[f"input_ids.L{length}"], reduce)
+    layers = load_full(model).reduce(expected[f"input_ids.L{length}"], reduce)
     assert relative_error(torch.stack(list(layers.values())), expected[case["key"]]) <= 1e-5
