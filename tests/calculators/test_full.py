@@ -262,3 +262,16 @@ def test_the_manifest_says_what_was_computed_and_how(checkpoint: Callable[[str],
         "sliding_windows": [48, 48, None],
     }
     assert expected.items() <= description.items()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_a_gpu_gives_what_the_cpu_gives(family: str, checkpoint: Callable[[str], str]) -> None:
+    folder, ids = checkpoint(family), windows(48)
+    pairs = [(FirstLayer.load(folder, device=device).queries_keys(ids)) for device in ("cpu", "cuda")]
+    whole = [FullModel.load(folder, device=device).reduce(ids, keep) for device in ("cpu", "cuda")]
+    for ours, theirs in [pairs, *zip(*(layers.values() for layers in whole), strict=True)]:
+        assert theirs.q.device.type == "cuda"
+        torch.testing.assert_close(ours.q, theirs.q.cpu(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours.k, theirs.k.cpu(), rtol=1e-3, atol=1e-3)

@@ -163,7 +163,7 @@ def read_config(location: Location, *, trust_remote_code: bool, rope_theta: floa
     """
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(
+            whole = AutoConfig.from_pretrained(
                 location.pretrained, revision=location.revision or "main", trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -171,10 +171,12 @@ def read_config(location: Location, *, trust_remote_code: bool, rope_theta: floa
             f"The configuration of {location.name} cannot be read: {error} If it wants its own code, look at that code "
             "and then pass --trust-remote-code."
         ) from error
-    config = copy.deepcopy(config.get_text_config(decoder=True))
+    config = copy.deepcopy(whole.get_text_config(decoder=True))
+    if getattr(config, "dtype", None) is None:  # a language model within a larger one may leave it to that
+        config.dtype = getattr(whole, "dtype", None)
     if getattr(config, "is_encoder_decoder", False):
         _refuse(config, "is an encoder with a decoder")
-    if getattr(config, "quantization_config", None) is not None:
+    if any(getattr(part, "quantization_config", None) is not None for part in (whole, config)):
         raise UnsupportedModel(
             f"{location.name} is quantised, so its queries and keys are not those of the model it was made from. "
             "Use the unquantised checkpoint."
