@@ -142,6 +142,16 @@ def test_logits_in_the_hundreds_neither_overflow_nor_vanish(backend: str, direct
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_sharp_attention_is_exact(backend: str) -> None:
+    q, k = queries_and_keys(4, 2, 700, 64, sharpness=6.0)  # logits spread over ±150: most probabilities are 0
+    for distance in (1, 175):
+        measured = far_statistics(q, k, distance, backend=backend)
+        exact = far_statistics(q.double(), k.double(), distance, backend="reference")
+        assert_close(measured.strength, exact.strength, 1e-4)
+        assert_close(measured.variance, exact.variance, 1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_flat_attention_has_strength_0_403(backend: str) -> None:
     length = 4096
     q = torch.zeros(1, 1, length, 8)

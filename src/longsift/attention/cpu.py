@@ -25,6 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 # A tile's rows are the queries of all heads of a group. In float32 it is 1 MiB: half of a core's L2 cache.
 TILE_ROWS = 512
 TILE_KEYS = 512
+# Far below the peak, exp is up to ten times slower. What is cut off is under 1e-34 of a row's largest probability.
+SMALLEST_EXPONENT = -80.0
 ALIGNMENT = 64  # tiles of other widths take up to a tenth longer
 OUTPUT_BLOCK_ENTRIES = 1 << 21  # logits of a block of `causal_attention`: 8 MiB of float32
 
@@ -167,10 +169,8 @@ def _far_block(q: Tensor, k: Tensor, start: int, distance: int, scale: float, so
     """Σ P and Σ P² over the far pairs of q (group, rows, head_dim) at `start`: (2, group) in float64."""
     group, rows, _ = q.shape
     end = start + rows
-    all_far, some_far = (
-        start - distance + 1,
-        end - distance,
-    )  # ends of the keys far from every row, from any row
+    # The keys before `all_far` are far from every row; those from `some_far` on are far from none.
+    all_far, some_far = start - distance + 1, end - distance
     softmax = _OnlineSoftmax(q, scale, softcap)
     far = torch.zeros_like(softmax.total)
     far_squares = torch.zeros_like(softmax.total)
@@ -253,7 +253,7 @@ class _OnlineSoftmax:
             e.view(self._group, -1, keys).masked_fill_(hidden, -torch.inf)
         peak = torch.maximum(self.peak, e.amax(-1, keepdim=True))
         rescale = (self.peak - peak).exp_()
-        e.sub_(peak).exp_()
+        e.sub_(peak).clamp_(min=SMALLEST_EXPONENT).exp_()
         self.peak = peak
         self.total = self.total.mul_(rescale).add_(e.sum(-1, keepdim=True))
         return e, rescale
@@ -287,13 +287,18 @@ def _compute_dtype(q: Tensor) -> torch.dtype:
 
 def _map_blocks(measure: Callable[[Block], Tensor], blocks: Sequence[Block], device: torch.device) -> Iterator[Tensor]:
     """Measure the blocks, in order; on a CPU in as many threads as PyTorch may use, one core each."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    if threads == 1:
+    if device.type != "cpu":
         yield from map(measure, blocks)
         return
+    threads = torch.get_num_threads()
     try:
-        # For OpenMP and MKL the setting is the calling thread's own; the process-wide copy is put back below.
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(threads, initializer=_prepare_thread) as pool:
             yield from pool.map(measure, blocks)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads)  # the process-wide copy of the setting, which the threads changed
+
+
+def _prepare_thread() -> None:
+    """Settings of the calling thread alone: one core, and products too small for a normal number are 0."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # squares of small probabilities; as denormals they would be slow
