@@ -34,15 +34,15 @@ from longsift.calculators.interface import (
 )
 from longsift.errors import ModelError, UnsupportedModel
 
-# Rows of one table computation, always exactly so many (padded). Matrix libraries choose their kernel by the
-# number of rows, so a fixed number makes a row the same whatever else is computed with it. And it is large enough
-# that a window of as many tokens gets the same kernel, hence the same bits, from the plain layer: with MKL on
-# AVX-512, a row of a float32 product was found to change with the number of rows up to 2 of them (64 columns) or up
-# to 512 (4096 columns), and not above.
-CHUNK = 1024
+# Rows of one table computation. A matrix library chooses its kernel by the number of rows, and with some (MKL on AVX2)
+# the bits of a row also depend on its place among them; so tables are made in fixed blocks of the vocabulary, and the
+# row of a token is the same bits whatever was computed before. The number is large enough that a window of as many
+# tokens gets the same kernel from the plain layer: with MKL on AVX-512 a row of a float32 product was found to change
+# with the number of rows up to 2 of them (64 columns) or up to 512 (4096 columns), and not above, nor with its place.
+BLOCK = 1024
 
 # Tables of the whole vocabulary are kept up to this size; larger ones are computed anew in each call, for the
-# distinct tokens of that call. Llama-3.1-8B takes 2.6 GB in float32. On a CPU only rows in use take memory.
+# distinct tokens of that call. Llama-3.1-8B takes 2.6 GB in float32, as much as its embedding.
 TABLE_BYTES = 4 * 2**30
 
 
@@ -67,10 +67,9 @@ class FirstLayer:
         self._projections = [stage for stage in stages if stage.role == "projection"]
         self._dtype = self._projections[0].dtype
         width = sum(projection.width for projection in self._projections)
-        self._keeps_tables = self.vocab_size * width * self._dtype.itemsize <= TABLE_BYTES
         self._tables: list[torch.Tensor] = []
-        self._filled = torch.zeros(self.vocab_size if self._keeps_tables else 0, dtype=torch.bool, device=device)
-        if self._keeps_tables:
+        self._missing = set(range(-(-self.vocab_size // BLOCK)))  # blocks of the vocabulary that are not yet made
+        if self.vocab_size * width * self._dtype.itemsize <= TABLE_BYTES:
             self._tables = [
                 torch.empty(self.vocab_size, projection.width, dtype=self._dtype, device=device)
                 for projection in self._projections
@@ -168,35 +167,34 @@ class FirstLayer:
 
     def _tables_for(self, input_ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Tables, one a projection, and which of their rows each token takes."""
-        if not self._keeps_tables:
+        if not self._tables:
             tokens, rows = torch.unique(input_ids, return_inverse=True)
-            return self._project(tokens), rows
-        known = self._filled[input_ids]
-        if not bool(known.all()):
-            tokens = torch.unique(input_ids[~known])
-            for table, made in zip(self._tables, self._project(tokens), strict=True):
-                table[tokens] = made
-            self._filled[tokens] = True
+            blocks = [self._project(some) for some in torch.split(tokens, BLOCK)]
+            return [torch.cat(parts) for parts in zip(*blocks, strict=True)], rows
+        if self._missing:
+            for block in self._missing.intersection(torch.unique(input_ids // BLOCK).tolist()):
+                start, stop = block * BLOCK, min((block + 1) * BLOCK, self.vocab_size)
+                made = self._project(torch.arange(start, stop, device=self._device))
+                for table, rows in zip(self._tables, made, strict=True):
+                    table[start:stop] = rows
+                self._missing.remove(block)
         return self._tables, input_ids
 
     def _project(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """What every projection makes of distinct tokens, (n,) → [(n, width)]."""
-        made: list[list[torch.Tensor]] = [[] for _ in self._projections]
-        for chunk in torch.split(tokens, CHUNK):
-            padded = nn.functional.pad(chunk, (0, CHUNK - len(chunk)), value=int(chunk[0]))
-            self._plain(padded[None])
-            for rows, projection in zip(made, self._projections, strict=True):
-                rows.append(projection.taken()[0, : len(chunk)])
-        return [torch.cat(rows) for rows in made]
+        """What every projection makes of up to BLOCK tokens, (n,) → [(n, width)], computed as BLOCK rows."""
+        padding = BLOCK - len(tokens)
+        self._plain(nn.functional.pad(tokens, (0, padding))[None])
+        return [projection.taken()[0, : len(tokens)] for projection in self._projections]
 
     def _check(self) -> dict[str, int]:
         """The layer's shape, if tables agree with the plain layer over repeated tokens at many positions."""
         some = torch.Generator().manual_seed(0)
         few = torch.randint(self.vocab_size, (48,), generator=some)
-        ids = few[torch.randint(len(few), (1, CHUNK), generator=some)].to(self._device)
+        ids = few[torch.randint(len(few), (1, BLOCK), generator=some)].to(self._device)
         plain, tabled = self._plain(ids).attention, self._look_up(ids).attention
-        exact = self._dtype == torch.float32 and self._device.type == "cpu"
-        tolerance = 0.0 if exact else 4 * torch.finfo(self._dtype).eps
+        # The same bits are expected, but a matrix library may treat the rows at a tile's edge differently; what
+        # depends on context differs by far more than a few roundings.
+        tolerance = 4 * torch.finfo(self._dtype).eps
         for ours, theirs in ((tabled.q, plain.q), (tabled.k, plain.k)):
             largest = float(theirs.abs().max())
             if not float((ours - theirs).abs().max()) <= tolerance * largest:
