@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from checkpoints import FAMILIES, VOCABULARY, make_checkpoint, make_unsupported
 from longsift.calculators import LayerAttention, first_layer
@@ -32,13 +34,18 @@ def same_bits(one: LayerAttention, other: LayerAttention) -> bool:
     return torch.equal(one.q, other.q) and torch.equal(one.k, other.k)
 
 
+@cache
 def rows_keep_their_bits() -> bool:
     """Whether this machine's matrix library gives a row the same bits at any place among enough other rows."""
     for width, counts in ((64, (40, 333, 1024)), (2048, (1024,))):
-        rows, weight = torch.randn(1100, width), torch.randn(width, width)
-        product = rows @ weight.T
-        if not all(torch.equal(rows[-n:] @ weight.T, product[-n:]) for n in counts):
-            return False
+        rows = torch.randn(2500, width)
+        for columns in (width // 2, width, 2 * width):
+            weight = torch.randn(columns, width)
+            product = nn.functional.linear(rows, weight)
+            for n in counts:
+                some = torch.randperm(len(rows))[:n]
+                if not torch.equal(nn.functional.linear(rows[some], weight), product[some]):
+                    return False
     return True
 
 
