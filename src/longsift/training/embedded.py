@@ -1,6 +1,6 @@
 """Train the small calculator that ships with longsift, or one like it from your own long documents.
 
-Each step is a command; the defaults are the numbers of the shipped model::
+Each step is a command; the defaults are the numbers of the shipped model, the fourth step its second run::
 
     python -m longsift.training.embedded tokenizer docs-*.jsonl.zst --out first
     python -m longsift.training.embedded pack docs-*.jsonl.zst --tokenizer first --out packed
