@@ -7,25 +7,26 @@ nothing waits for the slowest core inside an operation, and the result does not 
 The rows of a tile are the queries of all heads that share a key head, so keys are never copied for grouped
 heads.
 
-Logits are computed in float32 whatever the inputs are (float64 for float64 inputs), and the softmax is the
-online one: each row keeps its running maximum, and sums made under an older maximum are rescaled.
+Logits are computed in float32 whatever the inputs are (float64 for float64 inputs). Exponentials are taken
+relative to a logit of each row that is near its largest, so that no pass looks for the largest one; where that
+overflows, the block is measured again relative to the true largest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# A tile's rows are the queries of all heads of a group. In float32 it is 1 MiB: half of a core's L2 cache.
-TILE_ROWS = 512
+# A tile's rows are the queries of all heads of a group. In float32 it is 2 MiB, a core's L2 cache on recent servers.
+TILE_ROWS = 1024
 TILE_KEYS = 512
-# Far below the peak, exp is up to ten times slower. What is cut off is under 1e-34 of a row's largest probability.
+# Far below 0, exp is up to ten times slower. What is cut off is under 1e-34 of a row's reference probability.
 SMALLEST_EXPONENT = -80.0
 ALIGNMENT = 64  # tiles of other widths take up to a tenth longer
 OUTPUT_BLOCK_ENTRIES = 1 << 21  # logits of a block of `causal_attention`: 8 MiB of float32
@@ -107,18 +108,17 @@ def far_statistics(
     kv_heads = k.shape[1]
     grouped = q.view(batch, kv_heads, -1, *q.shape[2:])  # (batch, kv_heads, group, length, head_dim)
     rows = _rows(heads // kv_heads)
-
-    def measure(block: tuple[int, int, int]) -> Tensor:
-        b, h, start = block
-        queries = grouped[b, h, :, start : start + rows]
-        return _far_block(queries, k[b, h], start, distance, scale, softcap)
-
-    # The longest first, so that the last block to end is a short one.
-    starts = reversed(range(0, length, rows))
-    blocks = [(b, h, start) for start in starts for b in range(batch) for h in range(kv_heads)]
+    starts = range(0, length, rows)[::-1]  # the longest first, so that the last block to end is a short one
     sums = torch.zeros(2, batch, kv_heads, heads // kv_heads, dtype=torch.float64)
-    for (b, h, _), part in zip(blocks, _map_blocks(measure, blocks, q.device), strict=True):
-        sums[:, b, h] += part
+    for b, h in product(range(batch), range(kv_heads)):
+        keys = _with_ones(k[b, h])
+
+        def measure(start: int, queries: Tensor = grouped[b, h], keys: Tensor = keys) -> Tensor:
+            block = queries[:, start : start + rows]
+            return _far_block(_Rows(block, scale, softcap), keys, start, block.shape[1], distance)
+
+        for part in _map_blocks(measure, starts, q.device):
+            sums[:, b, h] += part
     mass, squares = sums.flatten(2)
     entries = length * length
     variance = (squares - mass.square() / entries) / (entries - 1)
@@ -141,122 +141,163 @@ def span_focus(
     grouped = q.view(batch, kv_heads, -1, *q.shape[2:])  # (batch, kv_heads, group, length, head_dim)
     n_spans, lead = length // span, length % span
     rows = max(_rows(heads // kv_heads) * TILE_KEYS // max(span, TILE_KEYS), 1)
-
-    def measure(block: tuple[int, int, int, int]) -> Tensor:
-        b, h, i, offset = block
-        span_start = lead + query_spans[i] * span
-        start, end = span_start + offset, span_start + min(offset + rows, span)
-        own_end = span_start if denominator == "prior" else end
-        return _focus_block(grouped[b, h, :, start:end], k[b, h, :own_end], start, lead, span, scale, softcap)
-
     # A span without prior spans keeps its zeros. The longest blocks first, as above.
     measured = [i for i, j in enumerate(query_spans) if denominator == "causal" or j > 0]
     measured.sort(key=lambda i: -query_spans[i])
-    blocks = [
-        (b, h, i, offset)
-        for i in measured
-        for b in range(batch)
-        for h in range(kv_heads)
-        for offset in range(0, span, rows)
-    ]
+    blocks = [(i, offset) for i in measured for offset in range(0, span, rows)]
     focus = torch.zeros(batch, kv_heads, heads // kv_heads, len(query_spans), n_spans, device=q.device)
-    for (b, h, i, _), part in zip(blocks, _map_blocks(measure, blocks, q.device), strict=True):
-        focus[b, h, :, i, : part.shape[1]] += part
+    for b, h in product(range(batch), range(kv_heads)):
+        keys = _with_ones(k[b, h])
+
+        def measure(block: tuple[int, int], queries: Tensor = grouped[b, h], keys: Tensor = keys) -> Tensor:
+            i, offset = block
+            span_start = lead + query_spans[i] * span
+            start, end = span_start + offset, span_start + min(offset + rows, span)
+            own_end = span_start if denominator == "prior" else end
+            widest = max(TILE_KEYS, span)
+            return _focus_block(_Rows(queries[:, start:end], scale, softcap, widest), keys[:own_end], start, lead, span)
+
+        for (i, _), part in zip(blocks, _map_blocks(measure, blocks, q.device), strict=True):
+            focus[b, h, :, i, : part.shape[1]] += part
     return focus.flatten(1, 2)
 
 
-def _far_block(q: Tensor, k: Tensor, start: int, distance: int, scale: float, softcap: float | None) -> Tensor:
-    """Σ P and Σ P² over the far pairs of q (group, rows, head_dim) at `start`: (2, group) in float64."""
-    group, rows, _ = q.shape
-    end = start + rows
+def _far_block(queries: _Rows, keys: Tensor, start: int, positions: int, distance: int) -> Tensor:
+    """Σ P and Σ P² over the far pairs of the queries at `start`: (2, group) in float64."""
+    end = start + positions
     # The keys before `all_far` are far from every row; those from `some_far` on are far from none.
     all_far, some_far = start - distance + 1, end - distance
-    softmax = _OnlineSoftmax(q, scale, softcap)
-    far = torch.zeros_like(softmax.total)
-    far_squares = torch.zeros_like(softmax.total)
-    query = torch.arange(start, end, device=q.device)[:, None]
+    query = torch.arange(start, end, device=keys.device)[:, None]
+    tiles: list[tuple[Tensor, Tensor | None]] = []
+    nearest = 0  # the first tile of the queries' own positions
     for first, last in _tiles(all_far, some_far, start, end):
-        hidden = None
-        if last - 1 > start:
-            hidden = torch.arange(first, last, device=q.device) > query
-        e, rescale = softmax.exponentials(k[first:last], hidden)
-        far *= rescale
-        far_squares *= rescale.square()
-        if first < some_far:
-            if last > all_far:
-                near = torch.arange(first, last, device=q.device) > query - distance
-                e.view(group, rows, -1).masked_fill_(near, 0.0)
-            far += e.sum(-1, keepdim=True)
-            far_squares += torch.linalg.vector_norm(e, dim=-1, keepdim=True).square()
-    per_row = torch.stack((far / softmax.total, far_squares / softmax.total.square()))
-    return per_row.view(2, group, rows).cpu().double().sum(-1)
+        nearest += first < start
+        hidden = torch.arange(first, last, device=keys.device) > query if last - 1 > start else None
+        tiles.append((keys[first:last], hidden))
+
+    def sums() -> Tensor:
+        total, far, norm = keys.new_zeros(3, len(tiles), queries.count)
+        last = 0
+        for i, (tile, hidden) in enumerate(tiles):
+            first, last = last, last + len(tile)
+            e = queries.exponentials(tile, hidden)
+            torch.sum(e, -1, out=total[i])
+            if first < some_far:
+                if last > all_far:
+                    near = torch.arange(first, last, device=keys.device) > query - distance
+                    queries.by_head(e).masked_fill_(near, 0.0)
+                    torch.sum(e, -1, out=far[i])
+                else:
+                    far[i] = total[i]
+                torch.linalg.vector_norm(e, dim=-1, out=norm[i])
+        return torch.stack((total, far, norm)).double()
+
+    total, far, norm = _within_range(queries, tiles, nearest, sums)
+    mass = total.sum(0)
+    per_row = torch.stack((far.sum(0) / mass, norm.square().sum(0) / mass.square()))
+    return per_row.view(2, queries.group, -1).sum(-1).cpu()
 
 
-def _focus_block(q: Tensor, k: Tensor, start: int, lead: int, span: int, scale: float, softcap: float | None) -> Tensor:
-    """Mass (group, key spans) of q (group, rows, head_dim) at `start` on the spans of k from `lead` on.
+def _focus_block(queries: _Rows, keys: Tensor, start: int, lead: int, span: int) -> Tensor:
+    """Mass (group, key spans) of the queries at `start` on the spans of the keys from `lead` on.
 
-    When k goes beyond the start of the queries' own span, it ends with their last row, and the own span is
+    When the keys go beyond the start of the queries' own span, they end with the last row, and the own span is
     measured too, each query blind to the keys after it.
     """
-    group, rows, _ = q.shape
-    keys = k.shape[0]
-    own = lead + (min(start, keys) - lead) // span * span  # start of the queries' own span
+    end = len(keys)
+    own = lead + (min(start, end) - lead) // span * span  # start of the queries' own span
     step = max(TILE_KEYS // span, 1) * span
-    tiles = [(first, min(first + step, own)) for first in range(lead, own, step)]
-    softmax = _OnlineSoftmax(q, scale, softcap, max(TILE_KEYS, span))
-    for first, last in _pieces(0, lead):
-        softmax.exponentials(k[first:last])
-    parts, peaks = [], []
-    for first, last in tiles:
-        e, _ = softmax.exponentials(k[first:last])
-        parts.append(e.view(group * rows, -1, span).sum(-1))
-        peaks.append(softmax.peak)
-    if own < keys:
-        query = torch.arange(start, start + rows, device=q.device)[:, None]
-        e, _ = softmax.exponentials(k[own:], torch.arange(own, keys, device=q.device) > query)
-        parts.append(e.sum(-1, keepdim=True))
-        peaks.append(softmax.peak)
-    weights = [(peak - softmax.peak).exp() / softmax.total for peak in peaks]
-    mass = torch.cat([part * weight for part, weight in zip(parts, weights, strict=True)], 1)
-    return mass.view(group, rows, -1).sum(1)
+    tiles: list[tuple[Tensor, Tensor | None]] = [(keys[first:last], None) for first, last in _pieces(0, lead)]
+    leading = len(tiles)
+    tiles += [(keys[first : min(first + step, own)], None) for first in range(lead, own, step)]
+    if own < end:
+        query = torch.arange(end - queries.count // queries.group, end, device=keys.device)[:, None]
+        tiles.append((keys[own:], torch.arange(own, end, device=keys.device) > query))
+
+    def sums() -> Tensor:
+        parts = []
+        for i, (tile, hidden) in enumerate(tiles):
+            e = queries.exponentials(tile, hidden)
+            width = span if i >= leading and hidden is None else len(tile)
+            parts.append(e.view(queries.count, -1, width).sum(-1))
+        return torch.cat(parts, 1)
+
+    parts = _within_range(queries, tiles, len(tiles) - 1, sums).double()
+    mass = parts[:, leading:] / parts.sum(1, keepdim=True)
+    return mass.view(queries.group, -1, mass.shape[1]).sum(1).to(keys.dtype)
 
 
-class _OnlineSoftmax:
-    """Softmax over keys that come a tile at a time; a tile's exponentials are relative to the peak so far.
+def _within_range(
+    queries: _Rows, tiles: Sequence[tuple[Tensor, Tensor | None]], nearest: int, sums: Callable[[], Tensor]
+) -> Tensor:
+    """Sums of exponentials relative to a logit of each row that leaves them in floating-point range.
 
-    Attributes:
-        peak: running maximum of each row's logits, (group·rows, 1).
-        total: sum of exp(logit - peak) over the keys seen so far, (group·rows, 1).
+    The largest logit of the tiles from `nearest` on, in which every query sees a key, is close enough to the row's
+    largest in all but extreme attention, and saves a pass over the others; sums that overflow all the same are taken
+    again from the true largest.
+    """
+    queries.refer_to(tiles[nearest:])
+    result = sums()
+    if not bool(result.isfinite().all()):
+        queries.refer_to(tiles)
+        result = sums()
+    return result
+
+
+class _Rows:
+    """A block of queries, all heads of a group, as the rows of one matrix product with a tile of keys.
+
+    Each row's logits are relative to a reference of its own. Subtracting it costs no pass: the queries have one
+    more column, its negative, and the keys one more, of ones.
+
+    Args:
+        q: queries (group, positions, head_dim).
+        widest: the largest number of keys of a tile.
     """
 
     def __init__(self, q: Tensor, scale: float, softcap: float | None, widest: int = TILE_KEYS) -> None:
+        self.group, self.count = q.shape[0], q.shape[0] * q.shape[1]
         self._softcap = softcap
         factor = scale if softcap is None else scale / softcap
-        self._group = q.shape[0]
-        self._q = q.to(_compute_dtype(q)).mul(factor).flatten(0, 1)  # (group·rows, head_dim)
-        self.peak = self._q.new_full((self._q.shape[0], 1), -torch.inf)
-        self.total = torch.zeros_like(self.peak)
+        self._q = q.new_zeros(self.count, q.shape[2] + 1, dtype=_compute_dtype(q))
+        self._q[:, :-1] = q.flatten(0, 1)
+        self._q[:, :-1] *= factor
+        self._reference = self._q.new_zeros(self.count, 1)
         # One tile for all: a new one each time would be given back to the system and faulted in again.
-        self._tile = self._q.new_empty(self._q.shape[0] * widest)
+        self._tile = self._q.new_empty(self.count * widest)
 
-    def exponentials(self, k: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """exp(logits - peak) of the next keys (keys, head_dim), and the factor for older sums.
+    def by_head(self, tile: Tensor) -> Tensor:
+        """A tile (rows, keys) as (group, positions, keys)."""
+        return tile.view(self.group, -1, tile.shape[1])
 
-        The exponentials (group·rows, keys) are valid until the next call; keys must be at most `widest`.
-        `hidden` (rows, keys) is True where a query must not see a key; in the first tile each must see one.
+    def exponentials(self, keys: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """exp(logits - reference) for keys with ones (keys, head_dim + 1): (rows, keys), valid until the next call.
+
+        `hidden` (positions, keys) is True where a query must not see a key.
         """
-        rows, keys = self._q.shape[0], k.shape[0]
-        e = torch.mm(self._q, k.to(self._q.dtype).T, out=self._tile[: rows * keys].view(rows, keys))
+        return self._logits(keys, hidden).clamp_(min=SMALLEST_EXPONENT).exp_()
+
+    def refer_to(self, tiles: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Take each row's largest logit among those of `tiles` as its reference."""
+        peaks = [self._logits(keys, hidden).amax(-1, keepdim=True) for keys, hidden in tiles]
+        self._reference += torch.stack(peaks).amax(0)
+        if self._softcap is None:
+            self._q[:, -1:] = -self._reference
+
+    def _logits(self, keys: Tensor, hidden: Tensor | None) -> Tensor:
+        logits = torch.mm(self._q, keys.T, out=self._tile[: self.count * len(keys)].view(self.count, -1))
         if self._softcap is not None:
-            e.tanh_().mul_(self._softcap)
+            logits.tanh_().mul_(self._softcap).sub_(self._reference)
         if hidden is not None:
-            e.view(self._group, -1, keys).masked_fill_(hidden, -torch.inf)
-        peak = torch.maximum(self.peak, e.amax(-1, keepdim=True))
-        rescale = (self.peak - peak).exp_()
-        e.sub_(peak).clamp_(min=SMALLEST_EXPONENT).exp_()
-        self.peak = peak
-        self.total = self.total.mul_(rescale).add_(e.sum(-1, keepdim=True))
-        return e, rescale
+            self.by_head(logits).masked_fill_(hidden, -torch.inf)
+        return logits
+
+
+def _with_ones(k: Tensor) -> Tensor:
+    """Keys (keys, head_dim) in the type of computation, with one more column of ones."""
+    keys = k.new_ones(k.shape[0], k.shape[1] + 1, dtype=_compute_dtype(k))
+    keys[:, :-1] = k
+    return keys
 
 
 def _tiles(all_far: int, some_far: int, start: int, end: int) -> Iterator[tuple[int, int]]:
