@@ -18,7 +18,7 @@ setup: .venv/ready
 
 demo: setup
 	$(BIN)/python examples/demo_corpus.py demo/corpus.jsonl.zst
-	$(BIN)/longsift run demo/corpus.jsonl.zst -o demo/longattn --window 4096 --sample 48 --keep 0.25 --method longattn
+	$(BIN)/longsift run demo/corpus.jsonl.zst -o demo/longattn --window 4096 --sample 40 --keep 0.25 --method longattn
 	$(BIN)/longsift score demo/longattn -o demo/ladm --method ladm
 	$(BIN)/longsift select demo/ladm --keep 0.25
 	$(BIN)/longsift report demo/ladm
