@@ -13,7 +13,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench screenshot clean
 setup: .venv/ready
 
 demo: setup
@@ -34,6 +34,11 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/attention_cpu.py
+
+# The picture at the top of the README; needs Chromium.
+screenshot: demo
+	chromium --headless --no-sandbox --disable-gpu --disable-background-networking --hide-scrollbars \
+		--window-size=1200,1230 --screenshot=docs/demo-report.png file://$(CURDIR)/demo/longattn/report.html
 
 clean:
 	rm -rf .venv demo

@@ -23,6 +23,7 @@ from longsift.tables import parquet_files, publish
 
 _GROUPS = 24  # with a chart and windows of their own; the table has all
 _REASONS = 20
+_FEWEST_BINS, _MOST_BINS = 16, 60  # of a histogram
 _EXAMPLES = 3  # of each reason, and of best and worst windows
 _HEAD, _TAIL = 1300, 700  # characters of a window's text that are shown
 
@@ -42,7 +43,8 @@ def write_report(out: Path, manifest: Mapping[str, Any], choice: Choice, windows
     """
     shown = sorted(choice.groups, key=lambda group: (-group.tokens, group.group))[:_GROUPS]
     shown.sort(key=lambda group: group.group)
-    histograms = choice.histograms()
+    most = max((group.windows for group in shown), default=0)
+    histograms = choice.histograms(bins=min(max(2 * math.isqrt(most), _FEWEST_BINS), _MOST_BINS))
     shelves = [_shelves(choice, group) for group in shown]
     texts = _texts(windows, [window for shelf in shelves for _, listed in shelf for window in listed])
     environment = jinja2.Environment(
