@@ -25,7 +25,7 @@ from longsift.training.corpus import (
     WindowSampler,
     load_packed,
     pack,
-    read_documents,
+    read_texts,
     save_packed,
     save_tokenizer,
     train_tokenizer,
@@ -227,8 +227,8 @@ def test_every_command_runs_from_files(stories, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        pytest.param(lambda p, _: list(read_documents([p / "no.jsonl"])), InputError, "does not exist", id="no-file"),
-        pytest.param(lambda p, _: list(read_documents([p / "bad.jsonl"])), InputError, "line 2", id="bad-row"),
+        pytest.param(lambda p, _: list(read_texts([str(p / "no.jsonl")])), InputError, "does not exist", id="no-file"),
+        pytest.param(lambda p, _: list(read_texts([str(p / "bad.jsonl")])), InputError, "row 1", id="bad-row"),
         pytest.param(lambda p, _: load_packed([p]), InputError, "make one with `pack`", id="not-packed"),
         pytest.param(lambda p, _: load_model(p), InputError, "make one with `train`", id="no-model"),
         pytest.param(

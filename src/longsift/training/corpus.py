@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-import zstandard
 
+from longsift.documents import BadRow, ReadOptions, read_documents
 from longsift.errors import InputError, UsageError
+from longsift.shards import write_json
+from longsift.sources import find_sources
 from longsift.tables import publish
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,33 +27,18 @@ SPLIT = (
 Ids = npt.NDArray[np.uint16]
 
 
-def write_json(path: Path, value: object, indent: int | None = 2) -> None:
-    with publish(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
-
-
-def read_documents(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """Give (text, category) of every row of JSON-lines files, plain, .gz or .zst.
+def read_texts(inputs: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Give (text, category) of every document of files, folders, globs or urls, as `longsift run` reads them.
 
     Raises:
-        InputError: a file is missing, or a row is not a JSON object with a `text`.
+        InputError: nothing to read, or a row that is no document of text.
     """
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path} does not exist; give .jsonl, .jsonl.gz or .jsonl.zst files")
-        with path.open("rb") as raw:
-            stream: Any = raw
-            if path.suffix == ".zst":
-                stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            elif path.suffix == ".gz":
-                stream = gzip.GzipFile(fileobj=raw)
-            # newline="\n": text may hold other line separators, which must not end a row.
-            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8", newline="\n"), start=1):
-                try:
-                    row = json.loads(line)
-                    yield row["text"], str(row.get("source", "all"))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise InputError(f"{path}, line {number}: not a JSON object with a `text`") from error
+    for source in find_sources(inputs):
+        for row in read_documents(source, ReadOptions()):
+            if isinstance(row, BadRow):
+                raise InputError(f"{row.file}, row {row.row}: {row.reason}")
+            if row.text is not None:
+                yield row.text, row.group
 
 
 def sample_texts(
@@ -186,7 +170,7 @@ def save_packed(packed: Packed, folder: Path) -> None:
         "groups": list(packed.groups),
         "token_bytes": packed.token_bytes.tolist(),
     }
-    write_json(folder / "documents.json", index, indent=None)
+    write_json(folder / "documents.json", index)
 
 
 def load_packed(folders: Sequence[Path]) -> Packed:

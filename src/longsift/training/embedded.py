@@ -39,7 +39,7 @@ from longsift.training.corpus import (
     WindowSampler,
     load_packed,
     pack,
-    read_documents,
+    read_texts,
     sample_texts,
     save_packed,
     save_tokenizer,
@@ -283,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     }
 
     tokenizer = commands.add_parser("tokenizer", help="train the tokenizer")
-    tokenizer.add_argument("inputs", nargs="+", type=Path)
+    tokenizer.add_argument("inputs", nargs="+")
     tokenizer.add_argument("--out", type=Path, required=True)
     tokenizer.add_argument("--vocab-size", type=int, default=CONFIG["vocab_size"])
     tokenizer.add_argument("--group-chars", type=int, default=20_000_000, help="most characters a category")
@@ -291,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--weight", **weigh)
 
     packing = commands.add_parser("pack", help="tokenise documents once")
-    packing.add_argument("inputs", nargs="+", type=Path)
+    packing.add_argument("inputs", nargs="+")
     packing.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     packing.add_argument("--out", type=Path, required=True)
 
@@ -326,11 +326,11 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     weights = {**WEIGHTS, **dict(getattr(options, "weight", None) or [])}
     if options.command == "tokenizer":
-        texts = sample_texts(read_documents(options.inputs), weights, options.group_chars, options.document_chars)
+        texts = sample_texts(read_texts(options.inputs), weights, options.group_chars, options.document_chars)
         save_tokenizer(train_tokenizer(texts, options.vocab_size), options.out, CONFIG["max_position_embeddings"])
     elif options.command == "pack":
         tokenizer = tokenizers.Tokenizer.from_file(str(options.tokenizer / "tokenizer.json"))
-        packed = pack(read_documents(options.inputs), tokenizer)
+        packed = pack(read_texts(options.inputs), tokenizer)
         save_packed(packed, options.out)
         print(f"{len(packed.groups)} documents, {len(packed.tokens)} tokens", file=sys.stderr)
     elif options.command == "train":

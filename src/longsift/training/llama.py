@@ -13,8 +13,8 @@ from transformers import AttentionInterface, AutoConfig, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
 from longsift.errors import InputError
+from longsift.shards import write_json
 from longsift.tables import publish
-from longsift.training.corpus import write_json
 
 
 def _causal_attention(
