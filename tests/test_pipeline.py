@@ -137,6 +137,19 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(finished, corpus, model
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
+def test_a_stop_between_the_last_source_and_the_end_of_the_stage_loses_nothing(corpus, model, tmp_path):
+    arguments = ["windows", corpus, "-o", tmp_path, "--model", model, "--window", 512, "-q"]
+    longsift(*arguments)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    stopped = {key: manifest["windows"][key] for key in ("started", "identity")} | {"status": "running"}
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "windows": stopped}))
+    longsift(*arguments)
+    again = json.loads((tmp_path / "manifest.json").read_text())["windows"]
+    for key in ("tokenizer", "length", "counts"):
+        assert again[key] == manifest["windows"][key]
+    assert again["tokenizer"]
+
+
 def test_a_second_run_in_the_same_folder_is_told_so(finished):
     with RunFolder(finished).lock():
         process = subprocess.run(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,6 +33,9 @@ from longsift.windows import (
 )
 
 DEFAULT_WINDOW = 32_768
+_QUARANTINE_ROWS = 10_000  # of a file
+
+Row = TypeVar("Row")
 
 
 def cut(
@@ -99,7 +103,11 @@ def cut(
         if cutter.sample is not None:
             counts |= {"windows_before_sample": counts["windows"], **_count_sample(folder)}
         seconds = sum(record["seconds"] for record in done.values())
-        folder.finish("windows", {"counts": counts, "seconds": seconds, **cutter.describe()})
+        # A source that an earlier process cut may be the one that had text.
+        text = {
+            key: next((r[key] for r in done.values() if r[key] is not None), None) for key in ("tokenizer", "length")
+        }
+        folder.finish("windows", {"counts": counts, "seconds": seconds, **text})
         return counts
 
 
@@ -133,61 +141,43 @@ class Cutter:
         config = read_config(location, trust_remote_code=self.model.trust_remote_code)
         return min(DEFAULT_WINDOW, getattr(config, "max_position_embeddings", None) or DEFAULT_WINDOW)
 
-    def describe(self) -> dict[str, Any]:
-        """The tokenizer's fingerprint and the window length; null when no row was text."""
-        used = "tokenizer" in self.__dict__
-        return {
-            "tokenizer": self.tokenizer.fingerprint if used else None,
-            "length": self.length if used else None,
-        }
-
     def cut(
         self, source: Source, shard: str, folder: RunFolder, limit: int | None, progress: Progress
     ) -> dict[str, Any]:
         """Cut one source into the parts `<shard>-<part>.parquet`; returns what was counted."""
-        for leftover in folder.windows.glob(f"{shard}-*.parquet"):
-            leftover.unlink()
         started = time.perf_counter()
         tally = Tally()
-        bad: list[BadRow] = []
-        held: list[Window] = []
-        held_tokens = parts = 0
-
-        def write_part() -> None:
-            nonlocal held, held_tokens, parts
-            if held:
-                with publish(folder.windows / f"{shard}-{parts:05d}.parquet") as temporary:
-                    pq.write_table(windows_table(held), temporary, compression="zstd")
-                held, held_tokens, parts = [], 0, parts + 1
+        windows = _Parts(folder.windows, shard, windows_table)
+        quarantine = _Parts(folder.quarantine, shard, _quarantine_table)
+        tokens = 0
 
         rows = read_documents(source, self.read, progress.advance)
         for row in self.windows(rows if limit is None else first_documents(rows, limit)):
             tally.add(row)
             if isinstance(row, BadRow):
-                bad.append(row)
+                quarantine.add(row)
+                if len(quarantine.held) >= _QUARANTINE_ROWS:
+                    quarantine.write()
             elif isinstance(row, Window):
                 progress.count(windows=1)
                 if self.sample is None or self.sample.offer(sample_key(row.window_id, self.options.seed)):
-                    held.append(row)
-                    held_tokens += len(row.input_ids)
-                    if held_tokens >= self.options.shard_tokens:
-                        write_part()
-        write_part()
-        if bad:
-            with publish(folder.quarantine / f"{shard}.parquet") as temporary:
-                pq.write_table(
-                    pa.Table.from_pylist([dataclasses.asdict(row) for row in bad], schema=QUARANTINE),
-                    temporary,
-                )
+                    windows.add(row)
+                    tokens += len(row.input_ids)
+                    if tokens >= self.options.shard_tokens:
+                        windows.write()
+                        tokens = 0
+        windows.write()
+        quarantine.write()
         return {
             "documents": tally.documents,
-            "bad_rows": len(bad),
+            "bad_rows": tally.bad_rows.total(),
             "reasons": dict(tally.bad_rows),
             "too_short": tally.too_short,
             "too_short_tokens": tally.too_short_tokens,
             "windows": tally.windows,
             "tokens": tally.tokens,
             "seconds": round(time.perf_counter() - started, 3),
+            **self._describe(),
         }
 
     def windows(self, rows: Iterable[Document | BadRow]) -> Iterator[Window | TooShort | BadRow]:
@@ -195,6 +185,39 @@ class Cutter:
         for is_text, run in groupby(rows, lambda row: isinstance(row, Document) and row.input_ids is None):
             tokenizer, length = (self.tokenizer, self.length) if is_text else (None, None)
             yield from cut_windows(run, tokenizer, length)
+
+    def _describe(self) -> dict[str, Any]:
+        """The tokenizer's fingerprint and the window length; null while no row was text."""
+        used = "tokenizer" in self.__dict__
+        return {"tokenizer": self.tokenizer.fingerprint if used else None, "length": self.length if used else None}
+
+
+@dataclass
+class _Parts(Generic[Row]):
+    """Rows of one shard that are written a file at a time, `<shard>-<part>.parquet`."""
+
+    folder: Path
+    shard: str
+    as_table: Callable[[list[Row]], pa.Table]
+    held: list[Row] = field(default_factory=list)
+    written: int = 0
+
+    def __post_init__(self) -> None:
+        for leftover in self.folder.glob(f"{self.shard}-*.parquet"):  # of a run that was stopped in this shard
+            leftover.unlink()
+
+    def add(self, row: Row) -> None:
+        self.held.append(row)
+
+    def write(self) -> None:
+        if self.held:
+            with publish(self.folder / f"{self.shard}-{self.written:05d}.parquet") as temporary:
+                pq.write_table(self.as_table(self.held), temporary, compression="zstd")
+            self.held, self.written = [], self.written + 1
+
+
+def _quarantine_table(rows: list[BadRow]) -> pa.Table:
+    return pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=QUARANTINE)
 
 
 def load_tokenizer(model: str, revision: str | None, trust_remote_code: bool) -> WindowTokenizer:
