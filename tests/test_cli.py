@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import typer.main
 
@@ -67,6 +68,40 @@ def test_what_cannot_work_is_one_line_that_names_the_fix(arguments, code, messag
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--window", 0],
+        ["--window", 3],
+        ["--sample", 0],
+        ["--limit", -1],
+        ["--seed", 2**70],
+        ["--max-bad", -1],
+        ["--shard-tokens", 0],
+        ["--text-key", ""],
+        ["--group-by", ""],
+        ["--rope-theta", "nan"],
+        ["--rope-theta", 0],
+        ["--alpha", 1e308],
+        ["--budget", 10**30],
+        ["--device", "meta"],
+        ["--method", "ladm", "--window", 2304],
+        ["--method", "ladm", "--layers", "9-2"],
+        ["--mix", "code=0.3,code=0.3"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_a_value_out_of_range_is_a_usage_error_before_any_work(flags, corpus, model, tmp_path):
+    output = longsift("run", corpus, "-o", tmp_path / "o", "--model", model, *flags, "-q", code=2)
+    assert output.startswith("usage: --")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_run_without_any_window_says_why(corpus, model, tmp_path):
+    output = longsift("run", corpus, "-o", tmp_path / "o", "--model", model, "--window", 30_000, "-q", code=1)
+    assert "of 12 documents 12 are too short" in output
+
+
 def test_wrong_flags_are_found_before_any_work(corpus, model, tmp_path):
     """A run of hours must not end in a refusal that a look at its flags could have given."""
     longsift("run", corpus, "-o", tmp_path / "o", "--model", model, "--keep", 2, "-q", code=2)
@@ -83,6 +118,16 @@ def test_a_config_file_sets_flags_and_flags_win(corpus, model, tmp_path):
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("a", "b")]
     assert [manifest["windows"]["identity"]["window"] for manifest in manifests] == [256, 512]
     assert counts[0]["windows"] > counts[1]["windows"]
+
+
+def test_a_config_file_takes_flags_by_the_names_that_are_shown(corpus, model, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("no-text: true\nids: false\nmix: {code: 0.5, mixed: 0.5}\nkeep: 0.5\njson: true\n")
+    longsift("run", corpus, "-o", tmp_path / "o", "--model", model, "--window", 512, "-q")
+    result = as_json(longsift("select", tmp_path / "o", "--config", config))
+    assert result["kept"]
+    columns = pq.read_schema(next((tmp_path / "o" / "selected").glob("*.parquet"))).names
+    assert not {"text", "input_ids"} & set(columns)
 
 
 def test_a_config_file_with_an_unknown_flag_is_refused(corpus, tmp_path):

@@ -68,7 +68,7 @@ def test_kept_rows_come_in_the_order_of_the_windows_table_with_all_columns(tmp_p
     ]
     write_tables(tmp_path, shards, row_group=2)
     written = select(tmp_path, keep=0.5)
-    assert (written.rows, written.tokens, written.files) == (3, 300, ("part-00000.parquet",))
+    assert (written.rows, written.tokens, len(written.files)) == (3, 300, 1)
     assert parquet_rows(tmp_path) == [
         {"window_id": "d0-1:0", "doc_id": "d0-1", "group": "b", "n_tokens": 100, "score": 0.9, "rank": 1,
          "text": "βββ", "input_ids": [0, 1], "url": "u1"},
@@ -85,7 +85,7 @@ def test_both_formats_hold_the_same_rows(tmp_path: Path) -> None:
     select(tmp_path, keep=0.5)
     from_parquet = parquet_rows(tmp_path)
     written = select(tmp_path, keep=0.5, format="jsonl")
-    assert written.files == ("part-00000.jsonl.zst",)
+    assert [name.partition("-00000.")[2] for name in written.files] == ["jsonl.zst"]
     assert jsonl_rows(tmp_path) == from_parquet
     assert not list((tmp_path / "selected").glob("*.parquet"))
 
@@ -132,7 +132,7 @@ def test_metadata_columns_have_the_narrowest_type_that_holds_all_values(
     rows = [Row(metadata={"key": value}) for value in values]
     write_tables(tmp_path, [rows[:1], rows[1:]])
     select(tmp_path)
-    table = pq.read_table(tmp_path / "selected" / "part-00000.parquet")
+    table = pq.read_table(next((tmp_path / "selected").glob("part-*-00000.parquet")))
     assert table.column("key").to_pylist() == stored
     assert table.schema.field("key").type == type_
 

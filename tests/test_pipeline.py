@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -285,3 +286,53 @@ def test_a_dry_run_says_how_much_there_is_and_writes_nothing(corpus, model, tmp_
     }
     assert plan["seconds_scoring"] > 0
     assert not (tmp_path / "out" / "scores").exists()
+
+
+def test_another_selection_is_another_data_set_to_load_dataset_and_another_report(corpus, model, tmp_path):
+    longsift("run", corpus, "-o", tmp_path / "o", "--model", model, "--window", 256, "--keep", 0.2, "-q")
+    loaded = []
+    for keep in (0.2, 0.6):
+        kept = as_json(longsift("select", tmp_path / "o", "--keep", keep, "--json"))["kept"]
+        folder, cache = str(tmp_path / "o" / "selected"), str(tmp_path / "cache")
+        loaded.append(len(datasets.load_dataset(folder, split="train", cache_dir=cache)))
+        assert loaded[-1] == kept
+        assert f"{kept} of " in (tmp_path / "o" / "report.html").read_text()
+    assert loaded[0] < loaded[1]
+
+
+def test_an_input_that_changed_is_noticed_even_at_the_same_size(corpus, model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes((corpus / "a.jsonl").read_bytes())
+    arguments = ["windows", file, "-o", tmp_path / "o", "--model", model, "--window", 512, "-q"]
+    longsift(*arguments)
+    file.write_bytes((corpus / "a.jsonl").read_bytes().replace(b"def", b"fed"))
+    os.utime(file, (1, 1))
+    assert "inputs:" in longsift(*arguments, code=1)
+
+
+def test_windows_that_another_run_cut_anew_are_refused(corpus, model, tmp_path):
+    arguments = ["windows", corpus, "-o", tmp_path / "a", "--model", model, "--window", 512, "-q"]
+    longsift(*arguments)
+    longsift("score", tmp_path / "a", "-o", tmp_path / "b", "-q")
+    longsift(*arguments, "--overwrite")
+    assert "were cut anew" in longsift("select", tmp_path / "b", code=1)
+    longsift("score", tmp_path / "a", "-o", tmp_path / "b", "--overwrite", "-q")
+    longsift("select", tmp_path / "b")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(corpus, model, tmp_path):
+    (tmp_path / "file").write_text("")
+    output = longsift("windows", corpus, "-o", tmp_path / "file", "--model", model, "-q", code=1)
+    assert output.startswith("error: ")
+    assert "Traceback" not in output
+
+
+def test_selecting_in_a_folder_that_does_not_exist_makes_none(tmp_path):
+    longsift("select", tmp_path / "none", code=1)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_dry_run_of_a_run_folder_reads_its_windows(finished):
+    plan = as_json(longsift("score", finished, "--dry-run", "--json"))
+    assert plan["windows"] == len(table(finished / "windows"))
+    assert plan["seconds_scoring"] > 0

@@ -41,15 +41,21 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise typer.BadParameter(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise typer.BadParameter(f"{path} must hold 'flag: value' lines")
-    values = {str(key).lstrip("-").replace("-", "_"): value for key, value in content.items()}
-    known = {parameter.name for parameter in context.command.params}
-    foreign = sorted(set(values) - known)
-    if foreign:
-        raise typer.BadParameter(f"{path} names flags that '{context.info_name}' does not have: {', '.join(foreign)}")
+    values: dict[str, Any] = {}
+    flags = {flag.lstrip("-"): (p.name, True) for p in context.command.params for flag in p.opts}
+    flags |= {flag.lstrip("-"): (p.name, False) for p in context.command.params for flag in p.secondary_opts}
+    for key, value in content.items():
+        flag = str(key).lstrip("-").replace("_", "-")
+        if flag not in flags:
+            raise typer.BadParameter(f"{path} names a flag that '{context.info_name}' does not have: {key}")
+        name, on = flags[flag]
+        if isinstance(value, dict):  # mix: {arxiv: 0.3, book: 0.3}
+            value = ",".join(f"{group}={share}" for group, share in value.items())
+        values[str(name)] = value if on else not value
     context.default_map = {**(context.default_map or {}), **values}
     return path
 
@@ -112,10 +118,13 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(**values: Any) -> None:
-        for name, group in groups.items():
-            values[name] = group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
         try:
+            for name, group in groups.items():
+                values[name] = group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
             function(**values)
+        except OSError as error:  # a full disk, a folder that cannot be written
+            print(f"error: {error}. Once that is mended, the same command goes on where it stopped.", file=sys.stderr)
+            raise typer.Exit(1) from None
         except LongsiftError as error:
             print(f"{'usage' if isinstance(error, UsageError) else 'error'}: {error}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from None
@@ -170,6 +179,7 @@ def run(
     if dry_run:
         from longsift.planning import estimate
 
+        pipeline.check_flags(model, windows, scores, selection)
         _print(estimate(inputs, model, windows, scores), as_json)
         return
     result = pipeline.run(inputs, out, model, windows, scores, selection, overwrite=overwrite, quiet=quiet)
@@ -218,10 +228,13 @@ def score(
     from longsift import pipeline
 
     if dry_run:
-        from longsift.planning import estimate
+        from longsift.planning import estimate, estimate_scores
 
-        _print(estimate(inputs, model, windows, scores), as_json)
+        folder = pipeline.run_folder(inputs)
+        plan = estimate_scores(folder, model, scores) if folder else estimate(inputs, model, windows, scores)
+        _print(plan, as_json)
         return
+    pipeline.check_flags(model, windows, scores)
     folder = pipeline.prepare_windows(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
     _print(pipeline.score(folder, model, scores, overwrite=overwrite, quiet=quiet), as_json)
     pipeline.check_bad(folder, windows.max_bad)

@@ -64,7 +64,7 @@ def cut(
     sources = find_sources(inputs)
     cutter = Cutter(model, options)
     identity = {
-        "inputs": [[source.url, source.size] for source in sources],
+        "inputs": [[source.url, source.size, source.version] for source in sources],
         "model": model.model or "embedded",
         "revision": model.revision,
         "text_key": options.text_key,

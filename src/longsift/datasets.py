@@ -8,6 +8,7 @@ windows finds their types, and then texts and ids are streamed once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -73,8 +74,8 @@ def write_dataset(
         choice: what to keep.
         windows: folder of the windows table; its files have the names and the rows of the score files.
         out: the run's folder.
-        format: "parquet" (part-00000.parquet, zstd) or "jsonl" (part-00000.jsonl.zst); a new part begins
-            after 256 MiB.
+        format: "parquet" (part-<digest>-00000.parquet, zstd) or "jsonl" (part-<digest>-00000.jsonl.zst); a new
+            part begins after 256 MiB.
         text, input_ids: whether to write these columns.
         card: facts for the card, shown in their order: `method`, `parameters` (a dict), `model`, `revision`,
             `window`, `group_by`, … A key `citation` gets a section of its own; keep, budget and mix are those
@@ -93,14 +94,17 @@ def write_dataset(
     schema = pa.schema([*own.items(), *((column.name, column.type) for column in metadata.columns)])
     stored = [name for name in own if name not in ("score", "rank")]
     rows = _take(choice, windows, [*stored, "metadata"])
+    prefix = f"part-{_digest(choice, schema)}"
     with _replaced_folder(out / "selected") as folder:
         if format == "parquet":
             tables = _gathered((_flat(table, metadata, schema) for table in rows), schema)
-            files = _write_parts(tables, folder, "parquet", lambda sink: _parquet_writer(sink, schema))
+            files = _write_parts(tables, folder, prefix, "parquet", lambda sink: _parquet_writer(sink, schema))
         else:
             lines = (_lines(table, metadata, list(own)) for table in rows)
-            files = _write_parts(lines, folder, "jsonl.zst", _zstd_writer)
-        (folder / "README.md").write_text(_card(choice, card, schema, format), encoding="utf-8")
+            files = _write_parts(lines, folder, prefix, "jsonl.zst", _zstd_writer)
+        suffix = "parquet" if format == "parquet" else "jsonl.zst"
+        page = _card(choice, card, schema, f"{prefix}-*.{suffix}")
+        (folder / "README.md").write_text(page, encoding="utf-8")
     return Written(out / "selected", files, choice.kept, choice.kept_tokens)
 
 
@@ -323,14 +327,15 @@ def _remove(path: Path) -> None:
 def _write_parts(
     blocks: Iterator[_Block],
     folder: Path,
+    prefix: str,
     suffix: str,
     writer: Callable[[BinaryIO], AbstractContextManager[Callable[[_Block], Any]]],
 ) -> tuple[str, ...]:
-    """Write blocks into part-00000, part-00001, …; at least one part, even without a block."""
+    """Write blocks into <prefix>-00000, <prefix>-00001, …; at least one part, even without a block."""
     names: list[str] = []
     block = next(blocks, None)
     while block is not None or not names:
-        names.append(f"part-{len(names):05d}.{suffix}")
+        names.append(f"{prefix}-{len(names):05d}.{suffix}")
         with (folder / names[-1]).open("wb") as sink:
             with writer(sink) as write:
                 while block is not None and sink.tell() < _PART_BYTES:
@@ -356,14 +361,23 @@ def _zstd_writer(sink: BinaryIO) -> Iterator[Callable[[bytes], Any]]:
 # --- the card -------------------------------------------------------------------------------------------
 
 
-def _card(choice: Choice, facts: Mapping[str, Any], schema: pa.Schema, format: str) -> str:
-    suffix = "parquet" if format == "parquet" else "jsonl.zst"
+def _digest(choice: Choice, schema: pa.Schema) -> str:
+    """Eight digits of what is selected. `datasets` caches by the names in the card, so other rows need other names."""
+    state = hashlib.sha256(str(schema).encode())
+    for shard, table in choice.chosen():
+        state.update("\0".join([shard, *table["window_id"].to_pylist()]).encode())
+        for name in ("row", "score", "rank"):
+            state.update(table[name].to_numpy().tobytes())
+    return state.hexdigest()[:8]
+
+
+def _card(choice: Choice, facts: Mapping[str, Any], schema: pa.Schema, files: str) -> str:
     front: dict[str, Any] = {
         "tags": ["long-context", "longsift"],
         "size_categories": [_size_category(choice.kept)],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": f"part-*.{suffix}"}]}],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": files}]}],
     }
-    if format == "jsonl":
+    if files.endswith(".jsonl.zst"):
         # Without types, the first megabytes of a JSON file decide them, and a later key is an error.
         front["dataset_info"] = {"features": [{"name": f.name, **_feature(f.type)} for f in schema]}
     parts = [

@@ -5,12 +5,22 @@ A field's help text stands in its metadata, so that a flag is described in one p
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from longsift.errors import UsageError
 
 
 def _flag(default: Any, help: str, flag: str | None = None) -> Any:
     return field(default=default, metadata={"help": help, "flag": flag})
+
+
+def _check(options: Any, name: str, holds: Callable[[Any], bool], what: str) -> None:
+    value = getattr(options, name)
+    if value is not None and not holds(value):
+        raise UsageError(f"--{name.replace('_', '-')} is {what}, not '{value}'.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +34,10 @@ class ModelOptions:
     )
     revision: str | None = _flag(None, "Revision of a Hugging Face id.")
     trust_remote_code: bool = _flag(False, "Run code that comes with the checkpoint.", "--trust-remote-code")
+
+    def __post_init__(self) -> None:
+        for name in ("model", "revision"):
+            _check(self, name, lambda value: value != "", "a name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +53,15 @@ class WindowOptions:
     seed: int = _flag(0, "Seed of --sample.")
     limit: int | None = _flag(None, "Read at most N documents.")
     max_bad: float = _flag(0.001, "Share of bad rows (or failed windows) above which the exit code is 1.")
-    shard_tokens: int = _flag(1 << 20, "Tokens in a shard, the unit of work and resume.")
+    shard_tokens: int = _flag(1 << 20, "Tokens in a shard, the unit in which windows are scored and a run goes on.")
+
+    def __post_init__(self) -> None:
+        for name in ("window", "sample", "limit", "shard_tokens"):
+            _check(self, name, lambda value: value >= 1, "at least 1")
+        _check(self, "max_bad", lambda value: 0 <= value <= 1, "a share from 0 to 1")
+        _check(self, "seed", lambda value: -(2**63) <= value < 2**63, "a 64-bit number")
+        for name in ("text_key", "id_key", "group_by"):
+            _check(self, name, lambda value: value != "", "the name of a column")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +82,9 @@ class ScoreOptions:
     alpha: float | None = _flag(None, "longattn: weight of uniformity. [default: 0.5]")
     normalize: str | None = _flag(None, "longattn: zscore or minmax, within groups. [default: zscore]")
     detail: bool | None = _flag(None, "longattn: also write the values of every head.", "--detail")
+
+    def __post_init__(self) -> None:
+        _check(self, "rope_theta", lambda value: 0 < value < math.inf, "a positive number")
 
     def method_parameters(self) -> dict[str, Any]:
         """The parameters that belong to the method rather than to the calculator."""

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from longsift.cutting import cut as cut
 from longsift.cutting import load_tokenizer
-from longsift.errors import OutputError, TooManyBadRows, UsageError
+from longsift.errors import InputError, OutputError, TooManyBadRows, UsageError
 from longsift.options import ModelOptions, ScoreOptions, SelectOptions, WindowOptions
 from longsift.progress import Progress
 from longsift.selection import Choice, check_request, choose
@@ -49,8 +49,8 @@ def prepare_windows(
         UsageError: documents without a folder for the run.
         OutputError: `out` holds windows of its own.
     """
-    given = Path(inputs[0])
-    if len(inputs) > 1 or not (given / "manifest.json").is_file():
+    given = run_folder(inputs)
+    if given is None:
         if out is None:
             raise UsageError("Scoring documents needs a folder for the run: -o OUT.")
         cut(inputs, out, model, options, overwrite=overwrite, quiet=quiet)
@@ -69,6 +69,12 @@ def prepare_windows(
             folder.clear("scores")
             folder.replace("windows", shared)
     return Path(out)
+
+
+def run_folder(inputs: Sequence[str]) -> Path | None:
+    """The run folder that the inputs name, or None when they are documents."""
+    given = Path(inputs[0])
+    return given if len(inputs) == 1 and (given / "manifest.json").is_file() else None
 
 
 def score(
@@ -92,15 +98,22 @@ def score(
 
     folder = RunFolder(out)
     windows = folder.section("windows")
+    folder.check_linked_windows()
     name = model.model or windows["identity"]["model"]
     revision = model.revision if model.model else windows["identity"]["revision"]
-    identity = score_identity(name, revision, options)
+    identity = score_identity(name, revision, options, windows["length"])
+    counts = windows["counts"]
+    if not counts["windows"]:
+        raise InputError(
+            f"There is no window to score: of {counts['documents']:,} documents {counts['too_short']:,} are too short, "
+            f"and {counts['bad_rows']:,} rows are bad. Choose a smaller --window, or see {folder.quarantine}."
+        )
     with folder.lock():
         if folder.begin("scores", identity, overwrite=overwrite):
             return _score_result(folder.section("scores"))
         scorer = Scorer.from_options(replace(model, model=name, revision=revision), options)
         _check_tokenizer(windows, name, revision, model.trust_remote_code)
-        _score_shards(folder, scorer, windows["counts"]["tokens"], quiet)
+        _score_shards(folder, scorer, counts["tokens"], quiet)
         records = list(folder.records("scores").values())
         reasons: Counter[str] = Counter()
         for record in records:
@@ -167,7 +180,7 @@ def _score_result(section: dict[str, Any]) -> dict[str, Any]:
         "method": section["identity"]["method"],
         **counts,
         "tokens_per_second": speed,
-        "reasons": section["reasons"],
+        "reasons": [{"reason": reason, "windows": count} for reason, count in section["reasons"].items()],
     }
 
 
@@ -193,8 +206,9 @@ def select(
     from longsift.datasets import write_dataset
 
     folder = RunFolder(out)
+    identity = _selection_identity(options, alpha, normalize, folder.section("scores")["identity"])
+    folder.check_linked_windows()
     with folder.lock():
-        identity = _selection_identity(options, alpha, normalize, folder.section("scores")["identity"])
         with _choose(folder, identity) as choice:
             write_dataset(
                 choice,
@@ -226,6 +240,8 @@ def select(
                         quota.tokens,
                     )
         folder.replace("selected", {"identity": identity, "result": result})
+    if folder.report.exists():  # it would show another selection
+        report(out)
     return result
 
 
@@ -261,7 +277,10 @@ def parse_mix(text: str | None) -> dict[str, float] | None:
         return None
     try:
         pairs = [part.rsplit("=", 1) for part in text.split(",")]
-        return {group.strip(): float(share) for group, share in pairs}
+        shares = {group.strip(): float(share) for group, share in pairs}
+        if len(shares) < len(pairs):
+            raise UsageError(f"--mix names a group twice: '{text}'.")
+        return shares
     except ValueError as error:
         raise UsageError(f"--mix takes shares by group such as arxiv=0.3,book=0.3, not '{text}'.") from error
 
@@ -312,6 +331,7 @@ def report(out: Path | str) -> Path:
 
     folder = RunFolder(out)
     identity = folder.section("selected")["identity"]
+    folder.check_linked_windows()
     with _choose(folder, identity) as choice:
         return write_report(folder.path, folder.manifest(), choice, folder.windows)
 
@@ -332,18 +352,29 @@ def run(
     Returns:
         The results of the stages, by name, and the report's path.
     """
-    from longsift.scoring import score_identity
-
-    # A run of hours must not end in a refusal that a look at its flags could have given.
-    identity = score_identity(model.model or "embedded", model.revision, scores)
-    asked = _selection_identity(selection, None, None, identity)
-    check_request(asked["keep"], asked["budget"], asked["mix"])
+    check_flags(model, windows, scores, selection)
     result = {
         "windows": cut(inputs, out, model, windows, overwrite=overwrite, quiet=quiet),
         "scores": score(out, model, scores, quiet=quiet),
         "selected": select(out, selection),
     }
     return result | {"report": str(report(out))}
+
+
+def check_flags(
+    model: ModelOptions, windows: WindowOptions, scores: ScoreOptions, selection: SelectOptions | None = None
+) -> None:
+    """Check options together: a run of hours must not end in a refusal that a look at its flags could have given.
+
+    Raises:
+        UsageError: they cannot work.
+    """
+    from longsift.scoring import score_identity
+
+    identity = score_identity(model.model or "embedded", model.revision, scores, windows.window)
+    if selection is not None:
+        asked = _selection_identity(selection, None, None, identity)
+        check_request(asked["keep"], asked["budget"], asked["mix"])
 
 
 def check_bad(out: Path | str, max_bad: float) -> None:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from longsift.cutting import Cutter
 from longsift.documents import BadRow, Document, read_documents
 from longsift.errors import InputError
 from longsift.options import ModelOptions, ScoreOptions, WindowOptions
 from longsift.scoring import Scorer
+from longsift.shards import RunFolder
 from longsift.sources import Source, find_sources
+from longsift.tables import parquet_files
 from longsift.windows import Tally, Window
 
 _SOURCES = 8  # read from, spread over the corpus
@@ -69,11 +77,6 @@ def estimate(
     if windows.limit is not None:
         whole = min(whole, windows.limit / tally.documents)
     sampled = min(1.0, (windows.sample or tally.windows * whole) / (tally.windows * whole))
-    scorer = Scorer.from_options(model, scores)
-    scorer.measure(first.input_ids)  # the first one also warms up
-    started = time.perf_counter()
-    scorer.measure(first.input_ids)
-    a_window = time.perf_counter() - started
     n_windows = round(tally.windows * whole * sampled)
     tokens = round(tally.tokens * whole * sampled)
     return {
@@ -86,7 +89,35 @@ def estimate(
         "windows": n_windows,
         "tokens": tokens,
         "seconds_cutting": cutting * whole,
-        "seconds_scoring": tokens / len(first.input_ids) * a_window,
-        "tokens_per_second": len(first.input_ids) / a_window,
+        **_scoring(Scorer.from_options(model, scores), first.input_ids, tokens),
+    }
+
+
+def estimate_scores(
+    out: Path, model: ModelOptions = ModelOptions(), scores: ScoreOptions = ScoreOptions()
+) -> dict[str, Any]:
+    """Say how long scoring the windows of a run folder would take; write nothing.
+
+    Raises:
+        OutputError: the folder has no finished windows.
+    """
+    folder = RunFolder(out)
+    section = folder.section("windows")
+    name = model.model or section["identity"]["model"]
+    first = pq.ParquetFile(parquet_files(folder.windows)[0]).read_row_group(0, columns=["input_ids"])
+    ids = first["input_ids"][0].values.to_numpy()
+    counts = {name: section["counts"][name] for name in ("documents", "windows", "tokens")}
+    return counts | _scoring(Scorer.from_options(replace(model, model=name), scores), ids, counts["tokens"])
+
+
+def _scoring(scorer: Scorer, input_ids: npt.NDArray[np.int32], tokens: int) -> dict[str, Any]:
+    """The time of scoring `tokens`, from that of one window."""
+    scorer.measure(input_ids)  # the first one also warms up
+    started = time.perf_counter()
+    scorer.measure(input_ids)
+    seconds = time.perf_counter() - started
+    return {
+        "seconds_scoring": tokens / len(input_ids) * seconds,
+        "tokens_per_second": len(input_ids) / seconds,
         "device": scorer.describe()["device"],
     }

@@ -210,8 +210,10 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"--device takes auto, cpu, cuda or cuda:N, not '{device}'.") from error
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device takes auto, cpu, cuda or cuda:N, not '{device}'.")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"There is no {device} here ({torch.cuda.device_count()} GPUs seen). Use --device cpu.")
     return chosen
@@ -228,13 +230,22 @@ def resolve_dtype(dtype: str) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
-def score_identity(model: str, revision: str | None, options: ScoreOptions) -> dict[str, Any]:
+def score_identity(
+    model: str, revision: str | None, options: ScoreOptions, window: int | None = None
+) -> dict[str, Any]:
     """Everything that scores depend on, as JSON values, checked without loading anything.
+
+    Args:
+        window: tokens in a window, where that is known: it must be long enough for the method.
 
     Raises:
         UsageError: options that cannot work.
     """
     method = build_method(options.method, **options.method_parameters())
+    if window is not None and window < method.shortest():
+        raise UsageError(
+            f"--window {window} is shorter than the {method.shortest():,} tokens that {method.name} needs."
+        )
     layers = parse_layers(options.layers)
     _check_layers(method, layers)
     resolve_dtype(options.dtype)
@@ -267,7 +278,10 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            layers.update(range(int(first), int(last or first) + 1))
+            part_of = range(int(first), int(last or first) + 1)
+            if not part_of or part_of[0] < 0:
+                raise ValueError(part)
+            layers.update(part_of)
     except ValueError as error:
         raise UsageError(f"--layers takes numbers and ranges such as 4,8,12-15, not '{text}'.") from error
     return tuple(sorted(layers))

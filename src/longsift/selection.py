@@ -355,8 +355,8 @@ def check_request(keep: float | None, budget: int | None, mix: Mapping[str, floa
         raise UsageError("Give either --keep SHARE or --budget TOKENS.")
     if keep is not None and not 0 < keep <= 1:
         raise UsageError(f"--keep is a share above 0 and at most 1, not {keep}.")
-    if budget is not None and budget < 1:
-        raise UsageError(f"--budget is a number of tokens above 0, not {budget}.")
+    if budget is not None and not 1 <= budget < 2**63:
+        raise UsageError(f"--budget is a number of tokens from 1 to 2**63 - 1, not {budget}.")
     if mix is None:
         return
     if not mix:

@@ -128,6 +128,21 @@ class RunFolder:
         """Write the whole section of a stage that is done anew each time, or elsewhere."""
         self._write(self.manifest() | {stage: {"status": "done", "finished": time.time(), **section}})
 
+    def check_linked_windows(self) -> None:
+        """Refuse windows of another run that were cut anew since this run took them.
+
+        Raises:
+            OutputError: they were.
+        """
+        section = self.manifest().get("windows", {})
+        if "folder" in section:
+            source = RunFolder(self.windows.parent).manifest().get("windows", {})
+            if source.get("finished") != section["finished"]:
+                raise OutputError(
+                    f"The windows in {self.windows} were cut anew since {self.path} took them. Score them again: "
+                    f"longsift score {self.windows.parent} -o {self.path} --overwrite."
+                )
+
     def clear(self, stage: Stage) -> None:
         """Remove a stage's tables and records."""
         for name in _OUTPUTS[stage]:

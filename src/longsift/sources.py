@@ -42,12 +42,14 @@ class Source:
             of rows that have none begin with it.
         format: a value of `FORMATS`.
         size: bytes of the file.
+        version: what the file system says of its content (an ETag, a time of change); "" where it says nothing.
     """
 
     url: str
     name: str
     format: str
     size: int
+    version: str = ""
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
@@ -61,7 +63,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     Raises:
         InputError: an input cannot be listed, or names no file that can be read.
     """
-    sizes: dict[str, int] = {}
+    found_files: dict[str, tuple[int, str]] = {}
     for given in inputs:
         found = _find(given)
         if not found:
@@ -69,12 +71,12 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
                 f"no documents in {given!r}: longsift reads files that end in {_ENDINGS}. "
                 "Check the path, or quote a glob so that the shell leaves it alone"
             )
-        sizes.update(found)
-    names = _names(sorted(sizes))
-    return [Source(url, names[url], FORMATS[_ending(url)], sizes[url]) for url in sorted(sizes)]
+        found_files.update(found)
+    names = _names(sorted(found_files))
+    return [Source(url, names[url], FORMATS[_ending(url)], *found_files[url]) for url in sorted(found_files)]
 
 
-def _find(given: str) -> dict[str, int]:
+def _find(given: str) -> dict[str, tuple[int, str]]:
     """Sizes by url of the files that one input names."""
     try:
         fs, path = fsspec.core.url_to_fs(given)
@@ -95,25 +97,25 @@ def _find(given: str) -> dict[str, int]:
         raise InputError(f"cannot list {given!r}: {type(error).__name__}: {error}") from error
     if not _ending(path):
         raise InputError(f"cannot tell the format of {given!r}: longsift reads files that end in {_ENDINGS}")
-    return {_url(fs, path): int(info["size"])}
+    return {_url(fs, path): _stamp(info)}
 
 
-def _find_glob(fs: Any, pattern: str) -> dict[str, int]:
+def _find_glob(fs: Any, pattern: str) -> dict[str, tuple[int, str]]:
     parts = pattern.split("/")
     magic = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = "/".join(parts[:magic])
-    files: dict[str, int] = {}
+    files: dict[str, tuple[int, str]] = {}
     for path, info in fs.glob(pattern, detail=True).items():
         if _is_hidden(path, root):
             continue
         if info["type"] == "directory":
             files.update(_find_folder(fs, path))
         elif _is_data(path):
-            files[_url(fs, path)] = int(info["size"])
+            files[_url(fs, path)] = _stamp(info)
     return files
 
 
-def _find_folder(fs: Any, root: str) -> dict[str, int]:
+def _find_folder(fs: Any, root: str) -> dict[str, tuple[int, str]]:
     listing = fs.find(root, detail=True)
     # A folder of `save_to_disk` lists its own files; others in it are caches of `map` and `filter`.
     saved: dict[str, set[str]] = {}
@@ -123,10 +125,16 @@ def _find_folder(fs: Any, root: str) -> dict[str, int]:
             state = json.loads(fs.cat_file(path))
             saved[folder] = {posixpath.join(folder, file["filename"]) for file in state["_data_files"]}
     return {
-        _url(fs, path): int(info["size"])
+        _url(fs, path): _stamp(info)
         for path, info in listing.items()
         if _is_data(path) and not _is_hidden(path, root) and path in saved.get(posixpath.dirname(path), {path})
     }
+
+
+def _stamp(info: dict[str, Any]) -> tuple[int, str]:
+    """Size and version of a file, as its file system lists it."""
+    known = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified")
+    return int(info["size"]), next((str(info[key]) for key in known if info.get(key)), "")
 
 
 def _url(fs: Any, path: str) -> str:

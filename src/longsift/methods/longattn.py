@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -48,8 +47,8 @@ class LongAttn:
     def __post_init__(self) -> None:
         if self.normalize not in ("zscore", "minmax"):
             raise UsageError(f"--normalize takes zscore or minmax, not '{self.normalize}'.")
-        if not math.isfinite(self.alpha):
-            raise UsageError(f"--alpha is a finite number, not {self.alpha}.")
+        if not abs(self.alpha) <= 1e6:  # also refuses NaN
+            raise UsageError(f"--alpha is a number between -1e6 and 1e6, not {self.alpha}.")
 
     def columns(self) -> tuple[pa.Field, ...]:
         means = (pa.field("dependency_strength", pa.float64()), pa.field("variance", pa.float64()))

@@ -99,18 +99,18 @@ def _facts(manifest: Mapping[str, Any], choice: Choice) -> Iterator[tuple[str, s
         yield "Speed", f"{counts['tokens'] / counts['seconds']:,.0f} tokens a second"
     inputs = windows["identity"].get("inputs", [])
     if inputs:
-        size = sum(size or 0 for _, size in inputs)
+        size = sum(size or 0 for _, size, *_ in inputs)
         others = f" and {len(inputs) - 1:,} more" if len(inputs) > 1 else ""
         yield "Input", f"{inputs[0][0]}{others}, {_scaled(size, 'B')}"
     yield "Made with", f"longsift {manifest['longsift']}"
 
 
 def _request(choice: Choice) -> str:
-    text = f"{_share(choice.keep)} of every group" if choice.keep is not None else ""
+    text = f"{_share(choice.keep)} of every group, rounded up" if choice.keep is not None else ""
     if choice.budget is not None:
         text = f"{_tokens(choice.budget)} tokens"
     if choice.mix is not None:
-        text = f"{text.replace(' of every group', ' of all tokens')}: " + ", ".join(
+        text = f"{text.replace(' of every group, rounded up', ' of all tokens')}: " + ", ".join(
             f"{group} {_share(share)}" for group, share in choice.mix.items()
         )
     return text
