@@ -18,8 +18,8 @@ setup: .venv/ready
 
 demo: setup
 	$(BIN)/python examples/demo_corpus.py demo/corpus.jsonl.zst
-	$(BIN)/longsift run demo/corpus.jsonl.zst -o demo/longattn --window 4096 --sample 40 --keep 0.25 --method longattn
-	$(BIN)/longsift score demo/longattn -o demo/ladm --method ladm
+	$(BIN)/longsift run demo/corpus.jsonl.zst -o demo/longattn --window 4096 --sample 40 --keep 0.25 --method longattn --overwrite
+	$(BIN)/longsift score demo/longattn -o demo/ladm --method ladm --overwrite
 	$(BIN)/longsift select demo/ladm --keep 0.25
 	$(BIN)/longsift report demo/ladm
 	@echo "Look at demo/longattn/report.html and demo/ladm/report.html; the selected windows are in demo/*/selected."

@@ -15,7 +15,7 @@ def render(result: dict[str, Any]) -> None:
 
 
 def _block(console: Console, block: dict[str, Any], heading: str) -> None:
-    facts = {key: value for key, value in block.items() if not _is_nested(value)}
+    facts = {key: value for key, value in block.items() if not _is_nested(value) and value != []}
     if heading:
         console.print(f"\n[bold]{heading}[/bold]")
     width = max(map(len, facts), default=0)
