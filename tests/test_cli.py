@@ -43,6 +43,7 @@ def test_the_command_reference_is_up_to_date():
     [
         (["run", "{tmp}/none.jsonl", "-o", "{tmp}/o"], 1, "none.jsonl"),
         (["run", "{corpus}", "-o", "{tmp}/o", "--model", "no-such-model"], 1, "There is no model 'no-such-model'"),
+        (["run", "{corpus}", "-o", "{tmp}/o", "--revision", "main"], 1, "'embedded' is on this machine"),
         (["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--method", "loudness"], 2, "longattn, ladm"),
         (["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--span", "64"], 2, "--span does not apply"),
         (["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--layers", "2"], 2, "--layers does not apply"),

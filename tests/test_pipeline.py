@@ -151,6 +151,18 @@ def test_a_stop_between_the_last_source_and_the_end_of_the_stage_loses_nothing(c
     assert again["tokenizer"]
 
 
+def test_a_scores_file_that_vanished_is_made_again(corpus, model, tmp_path):
+    flags = ["--model", model, "--window", 512, "--shard-tokens", 4096, "-q"]
+    longsift("score", corpus, "-o", tmp_path, *flags)
+    whole = contents(tmp_path / "scores")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["scores"]["status"] = "running"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    next((tmp_path / "scores").glob("*.parquet")).unlink()
+    longsift("score", corpus, "-o", tmp_path, *flags)
+    assert contents(tmp_path / "scores") == whole
+
+
 def test_a_second_run_in_the_same_folder_is_told_so(finished):
     with RunFolder(finished).lock():
         process = subprocess.run(

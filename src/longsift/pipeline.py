@@ -92,28 +92,21 @@ def score(
 
     Raises:
         OutputError: no windows, or scores of other parameters.
+        InputError: not one window was cut.
         ModelError: a calculator that cannot be loaded, or that does not share the windows' tokenizer.
     """
     from longsift.scoring import Scorer, score_identity
 
     folder = RunFolder(out)
-    windows = folder.section("windows")
-    folder.check_linked_windows()
-    name = model.model or windows["identity"]["model"]
-    revision = model.revision if model.model else windows["identity"]["revision"]
-    identity = score_identity(name, revision, options, windows["length"])
-    counts = windows["counts"]
-    if not counts["windows"]:
-        raise InputError(
-            f"There is no window to score: of {counts['documents']:,} documents {counts['too_short']:,} are too short, "
-            f"and {counts['bad_rows']:,} rows are bad. Choose a smaller --window, or see {folder.quarantine}."
-        )
+    windows = windows_to_score(folder)
+    model = model_of(windows, model)
+    identity = score_identity(model.model or "embedded", model.revision, options, windows["length"])
     with folder.lock():
         if folder.begin("scores", identity, overwrite=overwrite):
             return _score_result(folder.section("scores"))
-        scorer = Scorer.from_options(replace(model, model=name, revision=revision), options)
-        _check_tokenizer(windows, name, revision, model.trust_remote_code)
-        _score_shards(folder, scorer, counts["tokens"], quiet)
+        scorer = Scorer.from_options(model, options)
+        _check_tokenizer(windows, model)
+        _score_shards(folder, scorer, windows["counts"]["tokens"], quiet)
         records = list(folder.records("scores").values())
         reasons: Counter[str] = Counter()
         for record in records:
@@ -124,6 +117,33 @@ def score(
             {"calculator": scorer.describe(), "counts": facts, "reasons": dict(reasons.most_common())},
         )
         return _score_result(folder.section("scores"))
+
+
+def windows_to_score(folder: RunFolder) -> dict[str, Any]:
+    """The manifest's section of the windows of a run folder.
+
+    Raises:
+        OutputError: they are not finished, or are another run's and were cut anew.
+        InputError: there is not one.
+    """
+    windows = folder.section("windows")
+    folder.check_linked_windows()
+    counts = windows["counts"]
+    if not counts["windows"]:
+        raise InputError(
+            f"There is no window to score: of {counts['documents']:,} documents {counts['too_short']:,} are too short, "
+            f"and {counts['bad_rows']:,} rows are bad. Choose a smaller --window, or see {folder.quarantine}."
+        )
+    return windows
+
+
+def model_of(windows: dict[str, Any], model: ModelOptions) -> ModelOptions:
+    """The calculator that was asked for, or else the one that the windows were cut for."""
+    if model.model is not None:
+        return model
+    return replace(
+        model, model=windows["identity"]["model"], revision=model.revision or windows["identity"]["revision"]
+    )
 
 
 def _score_shards(folder: RunFolder, scorer: Scorer, tokens: int, quiet: bool) -> None:
@@ -137,7 +157,7 @@ def _score_shards(folder: RunFolder, scorer: Scorer, tokens: int, quiet: bool) -
 
         warned = False
         for path in parquet_files(folder.windows):
-            if path.stem in done:
+            if path.stem in done and (folder.scores / path.name).exists():
                 continue
             started = time.perf_counter()
             table = scorer.score_shard(path, advance)
@@ -161,14 +181,15 @@ def _score_shards(folder: RunFolder, scorer: Scorer, tokens: int, quiet: bool) -
             )
 
 
-def _check_tokenizer(windows: dict[str, Any], name: str, revision: str | None, trust_remote_code: bool) -> None:
+def _check_tokenizer(windows: dict[str, Any], model: ModelOptions) -> None:
     """Refuse token ids of one tokenizer for a calculator with another: the scores would mean nothing."""
-    known = windows["tokenizer"]
-    if known is None or (name, revision) == (windows["identity"]["model"], windows["identity"]["revision"]):
+    known, identity = windows["tokenizer"], windows["identity"]
+    name = model.model or "embedded"
+    if known is None or (name, model.revision) == (identity["model"], identity["revision"]):
         return
-    if load_tokenizer(name, revision, trust_remote_code).fingerprint != known:
+    if load_tokenizer(name, model.revision, model.trust_remote_code).fingerprint != known:
         raise UsageError(
-            f"The windows were cut with the tokenizer of '{windows['identity']['model']}', which '{name}' does not "
+            f"The windows were cut with the tokenizer of '{identity['model']}', which '{name}' does not "
             f"share. Cut them anew: longsift windows INPUT -o OUT --model {name}."
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from longsift.cutting import Cutter
 from longsift.documents import BadRow, Document, read_documents
 from longsift.errors import InputError
 from longsift.options import ModelOptions, ScoreOptions, WindowOptions
+from longsift.pipeline import model_of, windows_to_score
 from longsift.scoring import Scorer
 from longsift.shards import RunFolder
 from longsift.sources import Source, find_sources
@@ -45,7 +45,7 @@ def estimate(
     cutter = Cutter(model, windows)
     tally = Tally()
     first: Window | None = None
-    read = [0]
+    read: list[int] = []
 
     def part(source: Source) -> Iterator[Document | BadRow]:
         consumed = 0
@@ -100,14 +100,14 @@ def estimate_scores(
 
     Raises:
         OutputError: the folder has no finished windows.
+        InputError: it has no window.
     """
     folder = RunFolder(out)
-    section = folder.section("windows")
-    name = model.model or section["identity"]["model"]
-    first = pq.ParquetFile(parquet_files(folder.windows)[0]).read_row_group(0, columns=["input_ids"])
-    ids = first["input_ids"][0].values.to_numpy()
+    section = windows_to_score(folder)
+    first = next(pq.ParquetFile(parquet_files(folder.windows)[0]).iter_batches(1, columns=["input_ids"]))
     counts = {name: section["counts"][name] for name in ("documents", "windows", "tokens")}
-    return counts | _scoring(Scorer.from_options(replace(model, model=name), scores), ids, counts["tokens"])
+    scorer = Scorer.from_options(model_of(section, model), scores)
+    return counts | _scoring(scorer, first["input_ids"][0].values.to_numpy(), counts["tokens"])
 
 
 def _scoring(scorer: Scorer, input_ids: npt.NDArray[np.int32], tokens: int) -> dict[str, Any]:

@@ -96,9 +96,9 @@ def locate(model: str, revision: str | None = None) -> Location:
     Raises:
         ModelError: nothing is there, it holds no safetensors, or the hub cannot be reached.
     """
-    if model == "embedded":
-        return _in_folder(model, EMBEDDED)
-    path = Path(model).expanduser()
+    path = EMBEDDED if model == "embedded" else Path(model).expanduser()
+    if revision is not None and path.exists():
+        raise ModelError(f"--revision {revision} is for a hub id; '{model}' is on this machine and has no revisions.")
     if path.is_dir():
         return _in_folder(model, path)
     if path.is_file():

@@ -27,9 +27,9 @@ from longsift.calculators.interface import (
     build_unallocated,
     check_ids,
     choose_dtype,
+    described,
     keep_layers,
     read_config,
-    rope_of,
     run,
 )
 from longsift.errors import ModelError, UnsupportedModel
@@ -137,13 +137,7 @@ class FirstLayer:
     def describe(self) -> dict[str, Any]:
         """What a manifest records of this calculator, as plain values."""
         return {
-            "kind": "first_layer",
-            "model": self._location.name,
-            "revision": self._location.revision,
-            "architecture": self._config.model_type,
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "device": str(self._device),
-            "rope": rope_of(self._config),
+            **described("first_layer", self._location, self._config, self._dtype, self._device),
             **self._shape,
             "vocab_size": self.vocab_size,
             "max_length": self.max_length,

@@ -21,10 +21,10 @@ from longsift.calculators.interface import (
     build_unallocated,
     check_ids,
     choose_dtype,
+    described,
     keep_layers,
     quiet,
     read_config,
-    rope_of,
     run,
 )
 from longsift.errors import ModelError, UnsupportedModel, UsageError
@@ -164,13 +164,7 @@ class FullModel:
     def describe(self) -> dict[str, Any]:
         """What a manifest records of this calculator, as plain values."""
         return {
-            "kind": "full",
-            "model": self._location.name,
-            "revision": self._location.revision,
-            "architecture": self._config.model_type,
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "device": str(self._device),
-            "rope": rope_of(self._config),
+            **described("full", self._location, self._config, self._dtype, self._device),
             **self._shape,
             "vocab_size": self.vocab_size,
             "max_length": self.max_length,

@@ -195,6 +195,19 @@ def rope_of(config: Any) -> dict[str, Any] | None:
     return None if theta is None else {**(getattr(config, "rope_scaling", None) or {}), "rope_theta": theta}
 
 
+def described(kind: str, location: Location, config: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What a manifest records of any calculator, as plain values."""
+    return {
+        "kind": kind,
+        "model": location.name,
+        "revision": location.revision,
+        "architecture": config.model_type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        "rope": rope_of(config),
+    }
+
+
 def _set_rope_theta(config: Any, theta: float, name: str) -> None:
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:  # transformers 4
