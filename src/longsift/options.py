@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from longsift.errors import UsageError
@@ -68,9 +68,12 @@ class WindowOptions:
 class ScoreOptions:
     """Measuring windows. A parameter left at None is the method's own default."""
 
-    method: str = _flag("longattn", "Selection method: longattn or ladm.")
+    method: str = _flag("longattn", "Selection method: calibrated, longattn or ladm.")
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N.")
     dtype: str = _flag("auto", "auto, float32, bfloat16 or float16.")
+    calibration: str | None = _flag(
+        None, "calibrated: file of `longsift calibrate`. Default: that of the embedded calculator."
+    )
     rope_theta: float | None = _flag(None, "Override the calculator's RoPE base.")
     layers: str | None = _flag(None, "ladm: layers to measure, such as 4,8,12-15. Default: all that see far.")
     span: int | None = _flag(None, "ladm: tokens in a span. [default: 128]")
@@ -88,8 +91,8 @@ class ScoreOptions:
 
     def method_parameters(self) -> dict[str, Any]:
         """The parameters that belong to the method rather than to the calculator."""
-        names = ("span", "d_afs", "d_cds", "ablation", "denominator", "dense", "alpha", "normalize", "detail")
-        return {name: getattr(self, name) for name in names}
+        others = {"method", "device", "dtype", "rope_theta", "layers"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
 
 @dataclass(frozen=True, kw_only=True)

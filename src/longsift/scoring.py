@@ -22,6 +22,7 @@ from longsift.calculators.full import FullModel
 from longsift.cutting import load_tokenizer
 from longsift.errors import ModelError, UsageError
 from longsift.methods import Method, build_method, parameters_of
+from longsift.methods.calibrated import Calibrated
 from longsift.options import ModelOptions, ScoreOptions
 from longsift.tables import SCORE_KEYS, WINDOWS
 from longsift.windows import WindowTokenizer, window_starts
@@ -36,7 +37,7 @@ class Scorer:
     """A method and the calculator that it measures with, loaded once.
 
     Args:
-        method: "longattn", "ladm", or a method object.
+        method: "calibrated", "longattn", "ladm", or a method object.
         model: "embedded", a folder, a `.safetensors` file, or a Hugging Face id `org/name[@revision]`.
         device: "auto" takes the GPU where there is one.
         dtype: "auto" is float32 on a CPU and the checkpoint's own on a GPU.
@@ -79,7 +80,11 @@ class Scorer:
         if self.method.calculator == "first_layer":
             self.calculator = FirstLayer.load(model, **options)
         else:
-            self.calculator = FullModel.load(model, layers=layers, **options)
+            calibrated = _calibrated(self.method)
+            chosen = calibrated.layers() if calibrated else layers
+            self.calculator = FullModel.load(model, layers=chosen, **options)
+            if calibrated:
+                calibrated.loaded.check_model(self.calculator.identity())
 
     @classmethod
     def from_options(cls, model: ModelOptions, options: ScoreOptions) -> Scorer:
@@ -261,9 +266,15 @@ def score_identity(
     }
 
 
+def _calibrated(method: object) -> Calibrated | None:
+    return method if isinstance(method, Calibrated) else None
+
+
 def _check_layers(method: Method, layers: Sequence[int] | None) -> None:
     if layers is not None and method.calculator == "first_layer":
         raise UsageError(f"--layers does not apply to the method '{method.name}', which measures the first layer.")
+    if layers is not None and _calibrated(method):
+        raise UsageError("--layers does not apply to the method 'calibrated', whose calibration names the layers.")
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

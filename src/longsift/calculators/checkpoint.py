@@ -7,6 +7,7 @@ wherever it lies.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -46,6 +47,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _PIECE = 64 * 1024 * 1024  # bytes a request: a lost connection costs one piece, not an embedding of gigabytes
+_SAMPLE = 64 * 1024  # bytes at each of three places of a file that tell it from another with the same header
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -238,6 +240,24 @@ class Checkpoint:
                 raise ModelError(f"{self.location.name} holds no tensor '{name}'.")
             by_file[self._file_of[name]].append(name)
         return {name: tensor for file in sorted(by_file) for name, tensor in self._read_from(file, by_file[file])}
+
+    def fingerprint(self) -> str:
+        """A digest that tells these weights from others, wherever they lie.
+
+        Of every file: its header, and samples of its start, middle and end; so it is quick for any size, and training
+        that changes a tensor in every layer changes it.
+
+        Raises:
+            ModelError: a file that is missing or damaged.
+        """
+        digest = hashlib.sha256()
+        for file in sorted(set(self._file_of.values())):
+            header, base, size = self._header(file)
+            digest.update(json.dumps(header, sort_keys=True).encode())
+            for begin in (base, (base + size) // 2, size - _SAMPLE):
+                begin = max(base, begin)
+                digest.update(self._bytes(file, begin, min(begin + _SAMPLE, size)))
+        return digest.hexdigest()[:32]
 
     def _read_index(self) -> dict[str, str]:
         weights = self.location.weights

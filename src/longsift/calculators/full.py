@@ -48,11 +48,12 @@ class FullModel:
         location: Location,
         device: torch.device,
         layers: tuple[int, ...] | None,
+        rope_theta: float | None = None,
     ) -> None:
         self.vocab_size = int(config.vocab_size)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self._network, self._config, self._location, self._device = network, config, location, device
-        self._layers = layers
+        self._layers, self._rope_theta = layers, rope_theta
         probe: dict[int, Seen] = {}
 
         def look(seen: Seen) -> torch.Tensor:
@@ -109,7 +110,7 @@ class FullModel:
         # Refuses what cannot be measured before any weights are fetched.
         plan = build_unallocated(config, choose_dtype(config, target, dtype), trust_remote_code=trust_remote_code)
         network = _load_network(location.downloaded(), plan)
-        return cls(network.to(target), config, location, target, wanted)
+        return cls(network.to(target), config, location, target, wanted, rope_theta)
 
     def global_layers(self, length: int) -> tuple[int, ...]:
         """The layers that are measured in a window of `length` tokens: those whose every query sees its whole past.
@@ -130,7 +131,12 @@ class FullModel:
             )
         return self._layers if self._layers is not None else seeing
 
-    def reduce(self, input_ids: torch.Tensor, reduction: Callable[[LayerAttention], T]) -> dict[int, T]:
+    def reduce(
+        self,
+        input_ids: torch.Tensor,
+        reduction: Callable[[LayerAttention], T],
+        layers: Sequence[int] | None = None,
+    ) -> dict[int, T]:
         """Run whole windows through the model and reduce each measured layer's queries and keys as they are made.
 
         The forward ends at the last measured layer's queries and keys; no cache, no logits.
@@ -139,6 +145,7 @@ class FullModel:
             input_ids: (batch, length) token ids.
             reduction: from a layer's queries and keys to what is kept of them; it must not keep these themselves if
                 memory matters.
+            layers: measure only these of the global layers, and stop at the last of them.
 
         Returns:
             What `reduction` gave, by layer.
@@ -148,6 +155,13 @@ class FullModel:
         """
         ids = check_ids(input_ids, self.vocab_size, self._device)
         measured = set(self.global_layers(ids.shape[1]))
+        if layers is not None:
+            if not layers or not measured.issuperset(layers):
+                raise ModelError(
+                    f"Layers {sorted(layers)} of {self._location.name} are to be measured in a window of "
+                    f"{ids.shape[1]} tokens, and those that see all of it are {sorted(measured)}."
+                )
+            measured = set(layers)
         results: dict[int, T] = {}
 
         def observer(seen: Seen) -> torch.Tensor:
@@ -160,6 +174,15 @@ class FullModel:
 
         run(self._network, ids, observer)
         return results
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this calculator from others, wherever it lies: its weights, and the RoPE base if overridden."""
+        return {
+            "name": self._location.name,
+            "revision": self._location.revision,
+            "fingerprint": Checkpoint(self._location.downloaded()).fingerprint(),
+            "rope_theta": self._rope_theta,
+        }
 
     def describe(self) -> dict[str, Any]:
         """What a manifest records of this calculator, as plain values."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, str] = {
     "longattn": "longsift.methods.longattn:LongAttn",
     "ladm": "longsift.methods.ladm:Ladm",
+    "calibrated": "longsift.methods.calibrated:Calibrated",
 }
 
 

@@ -89,3 +89,216 @@ def head_statistics(focus: torch.Tensor) -> torch.Tensor:
         total.std(-1),
     )
     return torch.stack(columns, -1)
+
+
+FORMAT = "longsift-calibration/1"
+SMALLEST = 1e-6  # added before the logarithm, so that a statistic of 0 has one
+LARGEST_Z = 4.0  # beyond this, a standardised statistic says no more than "far out"
+EMBEDDED = Path(__file__).parent.parent / "calculators" / "embedded" / "calibration.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One statistic of one head and its part in the score: `weight · z + square · z²`.
+
+    z is `(log(x + SMALLEST) - mean) / scale`, clipped to ±LARGEST_Z; `mean` and `scale` are those of coherent windows.
+    """
+
+    layer: int
+    head: int
+    statistic: str
+    mean: float
+    scale: float
+    weight: float
+    square: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A score for windows of one length.
+
+    Attributes:
+        window: tokens in the windows that it was made from.
+        span: tokens in a span.
+        features: what is added up.
+        figures: how well it separates windows of documents that it did not see, for people to read.
+    """
+
+    window: int
+    span: int
+    features: tuple[Feature, ...]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> dict[int, list[int]]:
+        """The chosen heads by layer, in order."""
+        chosen: dict[int, set[int]] = {}
+        for feature in self.features:
+            chosen.setdefault(feature.layer, set()).add(feature.head)
+        return {layer: sorted(chosen[layer]) for layer in sorted(chosen)}
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A calibration file: the model that it was made with, and a fit a window length.
+
+    Attributes:
+        model: the calculator's `FullModel.identity()`: name, revision, fingerprint, rope_theta.
+        fits: in order of their windows.
+    """
+
+    model: Mapping[str, Any]
+    fits: tuple[Fit, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Calibration:
+        """Read a file of `longsift calibrate`.
+
+        Raises:
+            UsageError: there is none, or it is no calibration.
+        """
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            if content["format"] != FORMAT:
+                raise ValueError(f"its format is '{content['format']}', not '{FORMAT}'")
+            fits = [
+                Fit(fit["window"], fit["span"], tuple(Feature(**each) for each in fit["features"]), fit["figures"])
+                for fit in content["fits"]
+            ]
+            if not all(fit.features and {each.statistic for each in fit.features} <= set(STATISTICS) for fit in fits):
+                raise ValueError("a fit without features, or with an unknown statistic")
+            return cls(content["model"], tuple(sorted(fits, key=lambda fit: fit.window)))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"'{path}' is no calibration ({error}). Make one: longsift calibrate CORPUS --model M -o FILE."
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        from longsift import __version__
+        from longsift.shards import write_json
+
+        fits = [asdict(fit) for fit in self.fits]
+        write_json(path, {"format": FORMAT, "longsift": __version__, "model": dict(self.model), "fits": fits})
+
+    def fit_for(self, length: int) -> Fit:
+        """The fit whose window is nearest to `length` in proportion."""
+        return min(self.fits, key=lambda fit: abs(math.log(fit.window / length)))
+
+    def check_model(self, identity: Mapping[str, Any]) -> None:
+        """Refuse a calculator, as `FullModel.identity` has it, that the calibration was not made with.
+
+        Raises:
+            UsageError: other weights or another RoPE base.
+        """
+        for key, what in (("fingerprint", "set of weights"), ("rope_theta", "RoPE base")):
+            if self.model[key] != identity[key]:
+                made = "@".join(filter(None, (self.model["name"], self.model["revision"])))
+                name = identity["name"]
+                raise UsageError(
+                    f"The calibration was made with '{made}', and '{name}' has another {what}. Make one for it "
+                    f"(longsift calibrate CORPUS --model {name} -o FILE) and give it with --calibration FILE, or use "
+                    "--method longattn or ladm, which need none."
+                )
+
+
+def head_keys(attention: LayerAttention, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries of the given heads and the keys they use, each (batch, len(heads) or its kv heads, length, head_dim)."""
+    q, k = attention.q, attention.k
+    if list(heads) == list(range(q.shape[1])):
+        return q, k
+    group = q.shape[1] // k.shape[1]
+    return q[:, list(heads)], k[:, [head // group for head in heads]]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A regularised linear score of a few heads' far focus, trained to put coherent windows above controls.
+
+    Args:
+        calibration: file of `longsift calibrate`; by default the one of the embedded calculator.
+        digest: of the file's content, as a manifest has it; a file that has changed since is refused.
+    """
+
+    calibration: str | None = None
+    digest: str | None = None
+
+    name: ClassVar[str] = "calibrated"
+    calculator: ClassVar[Literal["full"]] = "full"
+    citation: ClassVar[str] = (
+        "Far focus of heads chosen on paired controls (longsift), after LongAttn (arXiv:2502.16860) and LADM "
+        "(arXiv:2503.02502)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.digest is None:
+            try:
+                content = self.path.read_bytes()
+            except OSError as error:
+                raise UsageError(f"--calibration: {error}. Make one with longsift calibrate.") from error
+            object.__setattr__(self, "digest", hashlib.sha256(content).hexdigest()[:16])
+
+    @property
+    def path(self) -> Path:
+        """The calibration file."""
+        return EMBEDDED if self.calibration is None else Path(self.calibration)
+
+    @functools.cached_property
+    def loaded(self) -> Calibration:
+        """The calibration itself.
+
+        Raises:
+            UsageError: the file is gone, is none, or is another than when the digest was taken.
+        """
+        if type(self)(self.calibration).digest != self.digest:
+            raise UsageError(f"The calibration '{self.path}' has changed. Score again with --overwrite.")
+        return Calibration.read(self.path)
+
+    def layers(self) -> tuple[int, ...]:
+        """Every layer that some fit looks at."""
+        return tuple(sorted({feature.layer for fit in self.loaded.fits for feature in fit.features}))
+
+    def columns(self) -> tuple[pa.Field, ...]:
+        return (
+            pa.field("calibrated", pa.float64()),
+            pa.field("far_focus", pa.float64()),  # mean over the chosen heads of their far mass without the sink
+        )
+
+    def shortest(self) -> int:
+        return 8 * min(fit.span for fit in self.loaded.fits)
+
+    def measure(self, calculator: FullModel, input_ids: torch.Tensor) -> dict[str, Any]:
+
+        from longsift.attention import span_focus
+
+        length = len(input_ids)
+        fit = self.loaded.fit_for(length)
+        if length < 8 * fit.span:
+            raise ModelError(f"shorter than the {8 * fit.span:,} tokens that the calibration needs")
+        if fit.window != length:
+            _warn_of_length(fit.window, length)
+        heads = fit.heads
+
+        def reduce(layer: LayerAttention) -> torch.Tensor:
+            q, k = head_keys(layer, heads[layer.layer])
+            focus = span_focus(q, k, fit.span, scale=layer.scale, softcap=layer.softcap, denominator="causal")
+            return head_statistics(focus[0] / fit.span).cpu()
+
+        measured = calculator.reduce(input_ids[None], reduce, layers=tuple(heads))
+        score, far = 0.0, []
+        for feature in fit.features:
+            row = measured[feature.layer][heads[feature.layer].index(feature.head)]
+            value = math.log(float(row[STATISTICS.index(feature.statistic)]) + SMALLEST)
+            z = max(-LARGEST_Z, min(LARGEST_Z, (value - feature.mean) / feature.scale))
+            score += feature.weight * z + feature.square * z * z
+        for layer, some in heads.items():
+            far.extend(measured[layer][: len(some), 0].tolist())
+        return {"calibrated": score, "far_focus": sum(far) / len(far)}
+
+    def rule(self) -> ScoreRule:
+        return ScoreRule(terms=(Term("calibrated", 1.0),), normalize="none")
+
+
+@functools.lru_cache(maxsize=64)  # once a length, not once a window
+def _warn_of_length(window: int, length: int) -> None:
+    log.warning("the calibration was made for windows of %d tokens, not %d; see longsift calibrate", window, length)
