@@ -32,6 +32,14 @@ K = torch.zeros(1, 2, 10, 8)
             "backend must be one of 'auto'",
             id="unknown-backend",
         ),
+        pytest.param(
+            lambda: far_statistics(Q, K, 3, backend="triton"), '"triton" has no far statistics', id="no-kernel-for-it"
+        ),
+        pytest.param(
+            lambda: span_focus(Q.double(), K.double(), 4, backend="triton"),
+            'the backend "triton" (needs|takes) .*; take "auto" or "cpu"',
+            id="not-for-kernels",
+        ),
         pytest.param(lambda: span_focus(Q, K, 0), "span must be between 1 and", id="span-0"),
         pytest.param(lambda: span_focus(Q, K, 11), "window length 10; got 11", id="span-beyond-window"),
         pytest.param(lambda: span_focus(Q, K, 4, query_spans=[0, 2]), r"0..1; got \[2\]", id="span-index"),

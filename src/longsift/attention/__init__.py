@@ -9,11 +9,13 @@ its result is the same bits whatever else is in the batch.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -22,10 +24,8 @@ from longsift.attention.cpu import causal_attention
 
 __all__ = ["Backend", "Denominator", "FarStatistics", "causal_attention", "far_statistics", "span_focus"]
 
-Backend = Literal["auto", "cpu", "reference"]
+Backend = Literal["auto", "cpu", "triton", "reference"]
 Denominator = Literal["prior", "causal"]
-
-_BACKENDS = {"auto": cpu, "cpu": cpu, "reference": reference}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def far_statistics(
         scale: factor of the logits; 1/√head_dim when not given.
         softcap: logits become softcap·tanh(logits/softcap) when given.
         backend: "auto" takes the fastest for the device; "cpu" is blockwise PyTorch, for any device;
-            "reference" holds the map and computes in the dtype of its inputs.
+            "reference" holds the map and computes in the dtype of its inputs; "triton" has `span_focus` alone.
 
     Returns:
         Strength and variance, each (batch, heads), float32 (the input dtype from the reference). Inputs that
@@ -78,7 +78,9 @@ def far_statistics(
         raise ValueError(f"a variance needs a window of at least 2 tokens; got length {q.shape[2]}")
     if distance < 0:
         raise ValueError(f"distance counts tokens and cannot be negative; got {distance}")
-    strength, variance = _module(backend).far_statistics(
+    if backend == "triton":
+        raise ValueError('the backend "triton" has no far statistics; take "auto"')
+    strength, variance = _module(backend, q).far_statistics(
         q.detach(), k.detach(), distance, scale=_scale(q, scale), softcap=softcap
     )
     return FarStatistics(strength, variance)
@@ -114,7 +116,7 @@ def span_focus(
             query, so that `[j, j]` is the mass on the own span and entries with c > j are 0.
         query_spans: the indices j to measure, each in [0, J); all J when not given.
         average_heads: return the mean over heads.
-        backend: as for `far_statistics`.
+        backend: as for `far_statistics`; "triton" is kernels for a GPU, which "auto" takes where they apply.
 
     Returns:
         (batch, heads, Q, J), or (batch, Q, J) when `average_heads`, with Q = len(query_spans); float32 (the
@@ -134,7 +136,7 @@ def span_focus(
     outside = [j for j in chosen if not 0 <= j < n_spans]
     if outside or not chosen:
         raise ValueError(f"query_spans must name at least one of the spans 0..{n_spans - 1}; got {outside or 'none'}")
-    focus: Tensor = _module(backend).span_focus(
+    focus: Tensor = _module(backend, q, kernels=True).span_focus(
         q.detach(),
         k.detach(),
         span,
@@ -146,10 +148,26 @@ def span_focus(
     return focus.mean(1) if average_heads else focus
 
 
-def _module(backend: str) -> ModuleType:
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}; got {backend!r}")
-    return _BACKENDS[backend]
+def _module(backend: str, q: Tensor, *, kernels: bool = False) -> ModuleType:
+    """The backend by its name; `kernels` tells "auto" that there is a GPU kernel for the measure."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}; got {backend!r}")
+    if backend == "reference":
+        return reference
+    if backend == "triton" or (backend == "auto" and kernels and q.is_cuda):
+        refusal = _kernels_refuse(q)
+        if refusal is None:
+            return importlib.import_module("longsift.attention.triton")
+        if backend == "triton":
+            raise ValueError(f'the backend "triton" {refusal}; take "auto" or "cpu"')
+    return cpu
+
+
+def _kernels_refuse(q: Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    refusal: str | None = importlib.import_module("longsift.attention.triton").refusal(q)
+    return refusal
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

@@ -1,0 +1,160 @@
+"""The kernels give the numbers of the reference: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
+
+pytest.importorskip("triton")
+pytestmark = [
+    # What NumPy says of infinities and NaN in the interpreter is what the kernels mean to do with them.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    *([pytest.mark.gpu] if ON_GPU else []),
+]
+
+from longsift.attention import span_focus  # noqa: E402
+
+# A fast exponential is right to a few units in the last place, and its exponent, of some tens, to as many.
+RELATIVE = 2e-5
+
+SHAPES = [
+    pytest.param(3, 3, 63, 16, 16, id="MHA-L63-d16-span16"),
+    pytest.param(6, 2, 257, 24, 37, id="GQA3-L257-d24-span37"),
+    pytest.param(9, 3, 300, 60, 128, id="GQA3-L300-d60-span128"),
+    pytest.param(2, 1, 777, 64, 128, id="GQA2-L777-d64-span128"),
+    pytest.param(4, 1, 530, 128, 256, id="MQA4-L530-d128-span256"),
+    pytest.param(1, 1, 700, 200, 300, id="MHA-L700-d200-span300"),
+    pytest.param(2, 2, 260, 256, 64, id="MHA-L260-d256-span64"),
+    pytest.param(2, 1, 40, 8, 1, id="GQA2-L40-d8-span1"),
+]
+DTYPES = [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(torch.float16, id="float16"),
+    pytest.param(
+        torch.bfloat16,
+        id="bfloat16",
+        marks=pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter multiplies the bits of bfloat16"),
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _new_memory_holds_nan() -> Iterator[None]:
+    """So that an entry that no program writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def queries_and_keys(
+    heads: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype = torch.float32, batch: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    q, k = (1.5 * torch.randn(batch, n, length, head_dim, generator=generator) for n in (heads, kv_heads))
+    return q.to(DEVICE, dtype), k.to(DEVICE, dtype)
+
+
+def assert_exact(q: torch.Tensor, k: torch.Tensor, span: int, **options: Any) -> None:
+    measured = span_focus(q, k, span, backend="triton", **options)
+    exact = span_focus(q.double().cpu(), k.double().cpu(), span, backend="reference", **options)
+    assert measured.dtype == torch.float32
+    torch.testing.assert_close(measured.double().cpu(), exact, rtol=RELATIVE, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("denominator", ["prior", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "length", "head_dim", "span"), SHAPES)
+def test_span_focus_matches_the_reference(
+    heads: int, kv_heads: int, length: int, head_dim: int, span: int, dtype: torch.dtype, denominator: str
+) -> None:
+    q, k = queries_and_keys(heads, kv_heads, length, head_dim, dtype)
+    assert_exact(q, k, span, denominator=denominator)
+
+
+@pytest.mark.parametrize("denominator", ["prior", "causal"])
+@pytest.mark.parametrize("softcap", [2.0, 50.0])
+def test_span_focus_matches_the_reference_under_a_soft_cap(softcap: float, denominator: str) -> None:
+    q, k = queries_and_keys(4, 2, 500, 16)
+    assert_exact(q, k, 64, softcap=softcap, scale=0.4, denominator=denominator)
+
+
+@pytest.mark.parametrize("denominator", ["prior", "causal"])
+def test_chosen_query_spans_are_rows_of_the_dense_result(denominator: str) -> None:
+    q, k = queries_and_keys(2, 1, 300, 16)
+    chosen = [3, 8, 0, 3, 5]
+    dense = span_focus(q, k, 32, denominator=denominator, backend="triton")
+    some = span_focus(q, k, 32, denominator=denominator, query_spans=chosen, backend="triton")
+    assert torch.equal(some, dense[:, :, chosen])
+    assert_exact(q, k, 32, denominator=denominator, query_spans=chosen, average_heads=True)
+
+
+@pytest.mark.parametrize("span", [64, 128, 150])
+def test_a_window_has_the_same_bits_alone_in_any_batch_on_any_run_and_in_any_layout(span: int) -> None:
+    q, k = queries_and_keys(2, 1, 330, 32, batch=2)
+    together = span_focus(q, k, span, backend="triton")
+    assert torch.equal(span_focus(q, k, span, backend="triton"), together)
+    strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k)]
+    assert strided[0].stride(3) != 1
+    assert torch.equal(span_focus(strided[0], strided[1], span, backend="triton"), together)
+    for b in range(2):
+        assert torch.equal(span_focus(q[b : b + 1], k[b : b + 1], span, backend="triton"), together[b : b + 1])
+
+
+def test_chosen_heads_have_the_same_bits_as_among_all() -> None:
+    q, k = queries_and_keys(6, 2, 400, 32)
+    heads = [5, 0, 2]
+    some = span_focus(q[:, heads], k[:, [head // 3 for head in heads]], 128, denominator="causal", backend="triton")
+    assert torch.equal(some, span_focus(q, k, 128, denominator="causal", backend="triton")[:, heads])
+
+
+@pytest.mark.parametrize("denominator", ["prior", "causal"])
+def test_nan_is_reported_where_it_is_seen_and_stays_in_its_window(denominator: str) -> None:
+    q, k = queries_and_keys(2, 1, 500, 16, batch=2)
+    k[0, 0, 230] = torch.nan  # in span 2: the spans begin at token 500 % 64 = 52
+    q[1, 1, 300] = torch.nan
+    assert_exact(q, k, 64, denominator=denominator)
+    focus = span_focus(q, k, 64, denominator=denominator, backend="triton")
+    assert focus[0, :, -1, :-1].isnan().all()
+    assert focus[0, :, 1].isfinite().all()
+    assert focus[1, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("direction", [1, -1], ids=["rising", "falling"])
+def test_logits_in_the_hundreds_neither_overflow_nor_vanish(direction: int) -> None:
+    length = 400
+    q = torch.ones(1, 1, length, 1, device=DEVICE)
+    k = torch.linspace(-120, 120, length, device=DEVICE).view(1, 1, length, 1) * direction
+    measured = span_focus(q, k, 64, scale=1.0, denominator="causal", backend="triton")
+    exact = span_focus(q.double(), k.double(), 64, scale=1.0, denominator="causal", backend="reference")
+    torch.testing.assert_close(measured.double(), exact, rtol=1e-4, atol=1e-30)  # a float32 of 120 is right to 1e-5
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+def test_auto_takes_the_kernels_on_a_gpu_and_pytorch_where_they_do_not_apply() -> None:
+    q, k = queries_and_keys(4, 2, 400, 32, torch.bfloat16)
+    assert torch.equal(span_focus(q, k, 128), span_focus(q, k, 128, backend="triton"))
+    q, k = q.double(), k.double()
+    torch.testing.assert_close(
+        span_focus(q, k, 128).double(), span_focus(q, k, 128, backend="reference"), rtol=1e-5, atol=1e-30
+    )
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+def test_addresses_beyond_two_to_the_31_are_right() -> None:
+    q, k = queries_and_keys(2, 2, 300, 64, torch.bfloat16)
+    far = torch.empty(2**31 + q[0, 0].numel(), dtype=torch.bfloat16, device=DEVICE)
+    spread = far.as_strided(q.shape, (0, 2**31, 64, 1))
+    for head in (0, 1):
+        spread[0, head] = q[0, head]
+    assert torch.equal(span_focus(spread, k, 64, backend="triton"), span_focus(q, k, 64, backend="triton"))
+    assert torch.equal(span_focus(k, spread, 64, backend="triton"), span_focus(k, q, 64, backend="triton"))
