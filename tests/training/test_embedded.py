@@ -22,7 +22,6 @@ from longsift.errors import InputError, OutputError, UsageError
 from longsift.training.corpus import (
     END_OF_TEXT,
     Packed,
-    WindowSampler,
     load_packed,
     pack,
     read_texts,
@@ -30,9 +29,11 @@ from longsift.training.corpus import (
     save_tokenizer,
     train_tokenizer,
 )
-from longsift.training.embedded import CONFIG, Recipe, learning_rate, main, train
+from longsift.training.embedded import CONFIG, main
 from longsift.training.figures import copy_losses, cut_windows, evaluate
-from longsift.training.llama import load_model, new_model, token_losses
+from longsift.training.loop import Recipe, learning_rate, train
+from longsift.training.model import load_model, new_model, token_losses
+from longsift.training.sampling import WindowSampler
 
 SHIPPED = Path(longsift.calculators.__file__).parent / "embedded"
 TINY = {
@@ -145,7 +146,7 @@ def test_training_reduces_the_loss_and_writes_a_folder_that_loads(packed, storie
 def test_a_run_stopped_and_resumed_equals_a_run_in_one_go(packed, tmp_path):
     recipe = replace(QUICK, stages=((32, 60),))
     state = tmp_path / "state.pt"
-    first = train(packed, TINY, recipe, tmp_path / "parts", state=state, minutes=0)  # looks at the clock every 50 steps
+    first = train(packed, TINY, recipe, tmp_path / "parts", state=state, until=50)
     rest = train(packed, TINY, recipe, tmp_path / "parts", state=state)
     assert [len(first), len(rest)] == [50, 10]
     assert first + rest == pytest.approx(train(packed, TINY, recipe, tmp_path / "once"), rel=1e-5)
@@ -167,17 +168,6 @@ def test_windows_lie_inside_one_document_and_weights_of_0_leave_a_category_out(p
     assert (documents == documents[:, :1]).all()
     assert {packed.groups[document] for document in documents[:, 0]} == {"tale"}
     assert (positions == sampler.draw(step=3, batch=64, length=40)).all()
-
-
-def test_a_repeat_share_of_1_copies_an_earlier_segment_into_every_window(packed):
-    positions = WindowSampler(packed, {}, repeat_share=1.0, seed=0).draw(step=0, batch=32, length=256)
-    repeated = [256 + 1 - len(set(row.tolist())) for row in positions]
-    assert min(repeated) >= 1
-    assert max(repeated) <= 256 // 8
-    for row in positions:
-        steps = np.flatnonzero(np.diff(row) != 1)
-        assert len(steps) in (1, 2)  # into the copy and, unless it ends the window, out of it
-        assert row[steps[0] + 1] < row[steps[0]]  # what is copied lies before
 
 
 def test_packed_documents_are_read_back_as_they_were_written(packed, tmp_path):
@@ -210,7 +200,7 @@ def test_evaluation_windows_are_disjoint_and_as_many_as_asked(packed):
 
 @pytest.mark.parametrize(("step", "factor"), [(0, 0.1), (9, 1.0), (50, 1.0), (75, 0.5), (99, 0.02)])
 def test_the_learning_rate_warms_up_stays_and_falls(step, factor):
-    assert learning_rate(step, steps=100, warmup=10, decay=0.5) == pytest.approx(factor)
+    assert learning_rate(step, step / 100, warmup=10, decay=0.5) == pytest.approx(factor)
 
 
 def test_every_command_runs_from_files(stories, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Documents to training windows: a tokenizer, the tokenised corpus in one array, and random windows of it."""
+"""Documents to token ids: a tokenizer, and the tokenised corpus in one array."""
 
 from __future__ import annotations
 
@@ -149,11 +149,12 @@ def pack(documents: Iterable[tuple[str, str]], tokenizer: tokenizers.Tokenizer, 
     if not pieces:
         raise InputError("no documents to pack; give at least one row with a `text`")
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
-    return Packed(np.concatenate(pieces), np.cumsum(lengths), tuple(groups), _token_bytes(tokenizer))
+    return Packed(np.concatenate(pieces), np.cumsum(lengths), tuple(groups), token_bytes(tokenizer))
 
 
-def _token_bytes(tokenizer: tokenizers.Tokenizer) -> npt.NDArray[np.int64]:
-    # A byte-level vocabulary writes each byte as one character, so a token's length is its number of bytes.
+def token_bytes(tokenizer: tokenizers.Tokenizer) -> npt.NDArray[np.int64]:
+    """UTF-8 bytes that each entry of a byte-level vocabulary stands for, (vocab_size,); 0 for the special token."""
+    # Such a vocabulary writes each byte as one character, so a token's length is its number of bytes.
     sizes = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
     for token, index in tokenizer.get_vocab().items():
         sizes[index] = 0 if token == END_OF_TEXT else len(token)
@@ -182,7 +183,7 @@ def load_packed(folders: Sequence[Path]) -> Packed:
     tokens: list[Ids] = []
     ends: list[npt.NDArray[np.int64]] = []
     groups: list[str] = []
-    token_bytes: list[npt.NDArray[np.int64]] = []
+    sizes: list[npt.NDArray[np.int64]] = []
     total = 0
     for folder in folders:
         try:
@@ -192,42 +193,8 @@ def load_packed(folders: Sequence[Path]) -> Packed:
             raise InputError(f"{folder} is not a packed folder ({error}); make one with `pack`") from error
         ends.append(np.array(index["ends"], dtype=np.int64) + total)
         groups += index["groups"]
-        token_bytes.append(np.array(index["token_bytes"], dtype=np.int64))
+        sizes.append(np.array(index["token_bytes"], dtype=np.int64))
         total += len(tokens[-1])
-    if any(not np.array_equal(token_bytes[0], other) for other in token_bytes):
+    if any(not np.array_equal(sizes[0], other) for other in sizes):
         raise InputError("the packed folders have different vocabularies; pack them with one tokenizer")
-    return Packed(np.concatenate(tokens), np.concatenate(ends), tuple(groups), token_bytes[0])
-
-
-class WindowSampler:
-    """Draws training windows; the draw depends on the seed and the step alone, so that a run can be resumed."""
-
-    def __init__(self, packed: Packed, weights: Mapping[str, float], repeat_share: float, seed: int) -> None:
-        self.packed = packed
-        self.repeat_share = repeat_share
-        self.seed = seed
-        self._factor = np.array([weights.get(group, 1.0) for group in packed.groups])
-
-    def draw(self, step: int, batch: int, length: int) -> npt.NDArray[np.int64]:
-        """Give positions into `packed.tokens`, (batch, length + 1): inputs and, one further, targets.
-
-        Raises:
-            InputError: no document has `length` + 1 tokens.
-        """
-        chance = np.random.default_rng([self.seed, step])
-        starts, ends = self.packed.starts, self.packed.ends
-        room = np.maximum(ends - starts - length, 0)  # number of places where a window can begin
-        share = room * self._factor
-        if share.sum() == 0:
-            raise InputError(f"no document has {length + 1} tokens; give longer documents or a shorter --stage")
-        documents = chance.choice(len(ends), size=batch, p=share / share.sum())
-        begins = starts[documents] + chance.integers(room[documents])
-        positions: npt.NDArray[np.int64] = begins[:, None] + np.arange(length + 1)
-        for row in positions:  # a view of each row: what is written to it stays
-            if chance.random() >= self.repeat_share:
-                continue
-            size = int(chance.integers(min(32, length // 8), length // 8 + 1))
-            source = int(chance.integers(0, length - 2 * size + 1))
-            copy = int(chance.integers(source + size, length - size + 1))
-            row[copy : copy + size] = row[source : source + size].copy()
-        return positions
+    return Packed(np.concatenate(tokens), np.concatenate(ends), tuple(groups), sizes[0])

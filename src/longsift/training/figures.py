@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from longsift.errors import InputError
 from longsift.training.corpus import Ids, Packed
-from longsift.training.llama import token_losses
+from longsift.training.model import token_losses
 
 
 @torch.inference_mode()
-def _losses(model: LlamaForCausalLM, windows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def _losses(model: PreTrainedModel, windows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     # (n, length) ids -> (n, length - 1) nats, one window at a time: a window's loss has no neighbours.
     rows = []
     for window in windows:
@@ -40,7 +40,7 @@ def cut_windows(packed: Packed, length: int, per_group: int) -> dict[str, Ids]:
 
 
 def copy_losses(
-    model: LlamaForCausalLM, windows: Ids, segment: int, distance: int, seed: int, from_text: bool
+    model: PreTrainedModel, windows: Ids, segment: int, distance: int, seed: int, from_text: bool
 ) -> tuple[float, float]:
     """Put one segment into each window twice, `distance` tokens apart, and give its two losses in nats a token.
 
@@ -61,7 +61,9 @@ def copy_losses(
     places = chance.integers(1, windows.shape[1] - distance - segment, size=len(windows))
     for row, place in enumerate(places):
         donor = windows[(row + 1) % len(windows)]
-        piece = donor[place : place + segment] if from_text else chance.integers(1, model.vocab_size, size=segment)
+        piece = (
+            donor[place : place + segment] if from_text else chance.integers(1, model.config.vocab_size, size=segment)
+        )
         changed[row, place : place + segment] = piece
         changed[row, place + distance : place + distance + segment] = piece
     for loss, place in zip(_losses(model, changed), places, strict=True):
@@ -72,7 +74,7 @@ def copy_losses(
 
 
 def evaluate(
-    model: LlamaForCausalLM, packed: Packed, length: int = 8192, per_group: int = 32, seed: int = 0
+    model: PreTrainedModel, packed: Packed, length: int = 8192, per_group: int = 32, seed: int = 0
 ) -> dict[str, Any]:
     """Measure what a model gets from far context.
 
