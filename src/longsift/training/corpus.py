@@ -121,8 +121,13 @@ class Packed:
         return np.concatenate(([0], self.ends[:-1])).astype(np.int64)
 
 
-def pack(documents: Iterable[tuple[str, str]], tokenizer: tokenizers.Tokenizer, batch: int = 32) -> Packed:
-    """Tokenise documents, `batch` at a time on all cores.
+def pack(documents: Iterable[tuple[str, str]], tokenizer: tokenizers.Tokenizer, batch_chars: int = 1 << 25) -> Packed:
+    """Tokenise documents on all cores.
+
+    Args:
+        documents: (text, category) of each.
+        tokenizer: as `train_tokenizer` makes it.
+        batch_chars: characters to hold and tokenise at a time; many, so that one long document delays few.
 
     Raises:
         UsageError: the vocabulary does not fit 16 bits, or has no `<|endoftext|>`.
@@ -135,16 +140,21 @@ def pack(documents: Iterable[tuple[str, str]], tokenizer: tokenizers.Tokenizer, 
     groups: list[str] = []
 
     def encode(texts: list[str]) -> None:
-        for encoding in tokenizer.encode_batch_fast(texts):
-            pieces.append(np.array([*encoding.ids, end], dtype=np.uint16))
+        # The longest first, so that the last core at work is busy with a short one.
+        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+        encodings = tokenizer.encode_batch_fast([texts[place] for place in order])
+        found = dict(zip(order, encodings, strict=True))
+        pieces.extend(np.array([*found[place].ids, end], dtype=np.uint16) for place in range(len(texts)))
 
     waiting: list[str] = []
+    chars = 0
     for text, group in documents:
         waiting.append(text)
         groups.append(group)
-        if len(waiting) == batch:
+        chars += len(text)
+        if chars >= batch_chars:
             encode(waiting)
-            waiting = []
+            waiting, chars = [], 0
     encode(waiting)
     if not pieces:
         raise InputError("no documents to pack; give at least one row with a `text`")

@@ -176,7 +176,8 @@ def _train(options: argparse.Namespace, weights: dict[str, float], device: str) 
     torch.set_float32_matmul_precision("high")
     packed = load_packed(options.packed)
     config = find_config(options.config)
-    print(f"{count_parameters(config):,} parameters, {len(packed.tokens):,} tokens", file=sys.stderr)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"{count_parameters(config):,} parameters, {len(packed.tokens):,} tokens", file=sys.stderr)
     train(
         packed,
         config,

@@ -26,7 +26,7 @@ from longsift.training.sampling import WindowSampler
 
 # Degenerate and patched-together text should not surprise the model, but it should not spend itself on it.
 WEIGHTS = {"concat": 0.5, "noise": 0.25}
-LOG_EVERY = 50  # steps
+LOG_EVERY = 20  # steps
 
 
 def learning_rate(step: int, progress: float, warmup: int, decay: float) -> float:
