@@ -105,3 +105,51 @@ class SelectOptions:
     format: Literal["parquet", "jsonl"] = _flag("parquet", "Format of the data set.")
     text: bool = _flag(True, "Write the windows' text.", "--text/--no-text")
     input_ids: bool = _flag(True, "Write the windows' token ids.", "--ids/--no-ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlOptions:
+    """Drawing coherent windows of a corpus and making their controls."""
+
+    text_key: str = _flag("text", "Column of the text; a dotted path works.")
+    id_key: str = _flag("id", "Column of the document's id; made from file and row where absent.")
+    group_by: str | None = _flag(None, "Column of the group; a dotted path works. Default: source, where present.")
+    limit: int | None = _flag(None, "Read at most N documents.")
+    window: int = _flag(8192, "Tokens in a window.")
+    segment: int = _flag(512, "Tokens in a segment that is exchanged or moved.")
+    per_group: int = _flag(48, "Documents drawn in each group.")
+    per_document: int = _flag(1, "Windows of a document at most; they do not overlap.")
+    per_kind: int = _flag(8, "Windows of each kind of degenerate text.")
+    kinds: str = _flag(
+        "mixed,shuffled,far-half,pieces,degenerate", "Controls to make; one kind of text is degenerate/NAME."
+    )
+    groups: str | None = _flag(None, "Groups of real documents: arxiv,book. Default: all but the control groups.")
+    control_groups: str | None = _flag(None, "Groups without long-range dependency, which real ones are compared with.")
+    seed: int = _flag(0, "Seed of the draw and of the controls.")
+
+    def __post_init__(self) -> None:
+        for name in ("window", "segment", "per_group", "per_document", "per_kind", "limit"):
+            _check(self, name, lambda value: value >= 1, "at least 1")
+        _check(self, "seed", lambda value: -(2**63) <= value < 2**63, "a 64-bit number")
+        for name in ("text_key", "id_key", "group_by"):
+            _check(self, name, lambda value: value != "", "the name of a column")
+
+    def names(self, option: str) -> tuple[str, ...] | None:
+        """The names in a list such as `kinds`, `groups` or `control_groups`; None where it was not given."""
+        value = getattr(self, option)
+        return None if value is None else tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeterOptions:
+    """What is measured of the windows of an evaluation, and on what."""
+
+    method: str = _flag("all", "longattn, ladm, calibrated, several of them (longattn,ladm) or all.")
+    span: int = _flag(128, "Tokens in a span.")
+    device: str = _flag("auto", "auto, cpu, cuda or cuda:N.")
+    dtype: str = _flag("auto", "auto, float32, bfloat16 or float16.")
+    rope_theta: float | None = _flag(None, "Override the calculator's RoPE base.")
+
+    def __post_init__(self) -> None:
+        _check(self, "rope_theta", lambda value: 0 < value < math.inf, "a positive number")
+        _check(self, "span", lambda value: value >= 1, "at least 1")
