@@ -66,7 +66,7 @@ class TestResampling:
         assert len({*draws.tolist()}) > 5
 
     def test_a_document_on_both_sides_is_drawn_for_both(self):
-        # Each window is above its own document's control and below the other document's: drawn alone, a document gives 1.
+        # Only the pair of different documents can be out of order: a document drawn twice gives 1.
         draws = resampled_aucs([1.0, 3.0], [0.0, 2.0], ["a", "b"], ["a", "b"], n=200)
         assert {*draws.tolist()} == {0.75, 1.0}
         apart = resampled_aucs([1.0, 3.0], [0.0, 2.0], ["a", "b"], ["x", "y"], n=200)
