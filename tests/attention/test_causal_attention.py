@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longsift.attention import causal_attention, reference
+from longsift.attention import causal_attention, output, reference
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def queries_keys_values(
@@ -41,6 +43,59 @@ def test_output_matches_the_reference(
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sliding_window", [1, 7, 64, 300, 1000])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "length", "head_dim"),
+    [
+        pytest.param(4, 4, 1001, 8, id="MHA-L1001"),
+        pytest.param(6, 2, 1333, 24, id="GQA3-L1333"),
+        pytest.param(4, 1, 1024, 64, id="MQA-L1024"),
+    ],
+)
+def test_stacked_chunks_match_the_reference(
+    heads: int, kv_heads: int, length: int, head_dim: int, sliding_window: int
+) -> None:
+    """The way of a GPU, which any device can go."""
+    q, k, v = queries_keys_values(heads, kv_heads, length, head_dim)
+    out = torch.full((heads, length, head_dim + 1), torch.nan)
+    output._fused_chunks(q[0], k[0], v[0], 0.3, sliding_window, out)
+    exact = reference.causal_attention(q.double(), k.double(), v.double(), scale=0.3, sliding_window=sliding_window)
+    torch.testing.assert_close(out[None].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("softcap", [None, 2.5], ids=["plain", "softcap"])
+@pytest.mark.parametrize("sliding_window", [None, 7, 64, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_output_on_a_gpu_matches_the_reference(
+    dtype: torch.dtype, sliding_window: int | None, softcap: float | None
+) -> None:
+    q, k, v = (x.to("cuda", dtype) for x in queries_keys_values(6, 2, 1333, 64, batch=2))
+    v = v[..., :64]
+    options = {"scale": 0.2, "softcap": softcap, "sliding_window": sliding_window}
+    out = causal_attention(q, k, v, **options)
+    exact = reference.causal_attention(q.double(), k.double(), v.double(), **options)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
+    for b in range(2):
+        assert torch.equal(causal_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], **options), out[b : b + 1])
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sliding_window", [None, 512])
+def test_output_on_a_gpu_needs_memory_far_under_one_map(sliding_window: int | None, dtype: torch.dtype) -> None:
+    length = 16384
+    q, k = (torch.randn(1, heads, length, 64, device="cuda", dtype=dtype) for heads in (4, 2))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    causal_attention(q, k, k, scale=0.1, sliding_window=sliding_window)
+    growth = torch.cuda.max_memory_allocated() - before
+    assert growth < 4 * length * length * dtype.itemsize / 5, f"{growth / 2**20:.0f} MiB"
+
+
 @pytest.mark.parametrize("softcap", [None, 2.5], ids=["plain", "softcap"])
 @pytest.mark.parametrize("sliding_window", [None, 40])
 def test_bfloat16_is_rounded_once_at_the_end(sliding_window: int | None, softcap: float | None) -> None:
@@ -62,6 +117,29 @@ def test_a_window_has_the_same_bits_alone_and_in_any_batch(sliding_window: int |
         one = slice(b, b + 1)
         alone = causal_attention(q[one], k[one], v[one], scale=0.2, softcap=softcap, sliding_window=sliding_window)
         assert torch.equal(alone, together[one])
+
+
+@pytest.mark.parametrize("softcap", [None, 2.5], ids=["plain", "softcap"])
+def test_neither_threads_nor_inference_mode_change_the_bits(softcap: float | None) -> None:
+    q, k, v = queries_keys_values(4, 2, 700, 32)
+    first = causal_attention(q, k, v, scale=0.2, softcap=softcap, sliding_window=100)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            with torch.inference_mode():
+                again = causal_attention(
+                    q.clone(), k.clone(), v.clone(), scale=0.2, softcap=softcap, sliding_window=100
+                )
+            assert torch.equal(again, first)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 20])
+def test_the_output_carries_no_gradient_graph(sliding_window: int | None) -> None:
+    q, k, v = (x.requires_grad_() for x in queries_keys_values(2, 1, 100, 8))
+    assert not causal_attention(q, k, v, scale=0.3, sliding_window=sliding_window).requires_grad
 
 
 def test_keys_outside_the_sliding_window_are_never_read() -> None:

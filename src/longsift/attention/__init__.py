@@ -20,7 +20,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from longsift.attention import cpu, reference
-from longsift.attention.cpu import causal_attention
+from longsift.attention.output import causal_attention
 
 __all__ = ["Backend", "Denominator", "FarStatistics", "causal_attention", "far_statistics", "span_focus"]
 

@@ -21,83 +21,16 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 # A tile's rows are the queries of all heads of a group. In float32 it is 2 MiB, a core's L2 cache on recent servers.
 TILE_ROWS = 1024
 TILE_KEYS = 512
+WIDEST_TILE_KEYS = 2048  # where a block has few rows
 # Far below 0, exp is up to ten times slower. What is cut off is under 1e-34 of a row's reference probability.
 SMALLEST_EXPONENT = -80.0
 ALIGNMENT = 64  # tiles of other widths take up to a tenth longer
-OUTPUT_BLOCK_ENTRIES = 1 << 21  # logits of a block of `causal_attention`: 8 MiB of float32
 
 Block = TypeVar("Block")
-
-
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-) -> Tensor:
-    """Exact causal attention output, for layers that plain SDPA could only run with a length × length mask.
-
-    A layer with neither a soft cap nor a sliding window goes to PyTorch's fused SDPA. Otherwise blocks of
-    queries attend to the keys they can see: a sliding layer touches about `sliding_window` keys a query at
-    any length.
-
-    Args:
-        q: queries, (batch, heads, length, head_dim).
-        k: keys, (batch, kv_heads, length, head_dim); heads must be a multiple of kv_heads.
-        v: values, (batch, kv_heads, length, value_dim).
-        scale: factor of the logits.
-        softcap: logits become softcap·tanh(logits/softcap) when given.
-        sliding_window: query n sees the keys n - sliding_window + 1 … n (as in transformers) when given.
-
-    Returns:
-        (batch, heads, length, value_dim) in the dtype of q.
-
-    Raises:
-        ValueError: a sliding window or soft cap that is not positive.
-    """
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive; got {softcap}")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1 token; got {sliding_window}")
-    length = q.shape[2]
-    if softcap is None and (sliding_window is None or sliding_window >= length):
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    window = length if sliding_window is None else min(sliding_window, length)
-    # As many rows as the budget allows, but no more than a window: a block computes at most twice its need.
-    rows = min(max(OUTPUT_BLOCK_ENTRIES // (q.shape[1] * window), 16), max(window, 64), length)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    for b in range(q.shape[0]):  # one window at a time: its output must not depend on the rest of the batch
-        for start in range(0, length, rows):
-            end = min(start + rows, length)
-            first = max(0, start - window + 1)
-            out[b, :, start:end] = _attend_block(
-                q[b, :, start:end], k[b, :, first:end], v[b, :, first:end], scale, softcap, window
-            )
-    return out
-
-
-def _attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int) -> Tensor:
-    """Output (heads, rows, value_dim) of the last `rows` positions of the keys (kv_heads, keys, head_dim)."""
-    heads, rows, _ = q.shape
-    kv_heads, keys, _ = k.shape
-    grouped = q.reshape(kv_heads, -1, q.shape[2]).to(_compute_dtype(q))  # (kv_heads, group·rows, head_dim)
-    factor = scale if softcap is None else scale / softcap
-    logits = torch.bmm(grouped * factor, k.to(grouped.dtype).transpose(1, 2))
-    if softcap is not None:
-        logits = torch.tanh(logits) * softcap
-    query = torch.arange(keys - rows, keys, device=q.device)[:, None]
-    key = torch.arange(keys, device=q.device)[None, :]
-    hidden = (key > query) | (key <= query - window)
-    p = logits.view(kv_heads, -1, rows, keys).masked_fill_(hidden, -torch.inf).softmax(-1)
-    return torch.bmm(p.view(kv_heads, -1, keys), v.to(p.dtype)).view(heads, rows, -1)
 
 
 def far_statistics(
@@ -117,7 +50,7 @@ def far_statistics(
             block = queries[:, start : start + rows]
             return _far_block(_Rows(block, scale, softcap), keys, start, block.shape[1], distance)
 
-        for part in _map_blocks(measure, starts, q.device):
+        for part in map_blocks(measure, starts, q.device):
             sums[:, b, h] += part
     mass, squares = sums.flatten(2)
     entries = length * length
@@ -141,6 +74,9 @@ def span_focus(
     grouped = q.view(batch, kv_heads, -1, *q.shape[2:])  # (batch, kv_heads, group, length, head_dim)
     n_spans, lead = length // span, length % span
     rows = max(_rows(heads // kv_heads) * TILE_KEYS // max(span, TILE_KEYS), 1)
+    # Wider tiles for blocks of few rows, so that an operation has about as much to do.
+    widest = min(TILE_KEYS * TILE_ROWS // (min(rows, span) * (heads // kv_heads)), WIDEST_TILE_KEYS)
+    widest = max(widest, TILE_KEYS, span)
     # A span without prior spans keeps its zeros. The longest blocks first, as above.
     measured = [i for i, j in enumerate(query_spans) if denominator == "causal" or j > 0]
     measured.sort(key=lambda i: -query_spans[i])
@@ -154,10 +90,10 @@ def span_focus(
             span_start = lead + query_spans[i] * span
             start, end = span_start + offset, span_start + min(offset + rows, span)
             own_end = span_start if denominator == "prior" else end
-            widest = max(TILE_KEYS, span)
-            return _focus_block(_Rows(queries[:, start:end], scale, softcap, widest), keys[:own_end], start, lead, span)
+            block_rows = _Rows(queries[:, start:end], scale, softcap, widest)
+            return _focus_block(block_rows, keys[:own_end], start, lead, span)
 
-        for (i, _), part in zip(blocks, _map_blocks(measure, blocks, q.device), strict=True):
+        for (i, _), part in zip(blocks, map_blocks(measure, blocks, q.device), strict=True):
             focus[b, h, :, i, : part.shape[1]] += part
     return focus.flatten(1, 2)
 
@@ -206,7 +142,7 @@ def _focus_block(queries: _Rows, keys: Tensor, start: int, lead: int, span: int)
     """
     end = len(keys)
     own = lead + (min(start, end) - lead) // span * span  # start of the queries' own span
-    step = max(TILE_KEYS // span, 1) * span
+    step = queries.widest // span * span
     tiles: list[tuple[Tensor, Tensor | None]] = [(keys[first:last], None) for first, last in _pieces(0, lead)]
     leading = len(tiles)
     tiles += [(keys[first : min(first + step, own)], None) for first in range(lead, own, step)]
@@ -256,10 +192,10 @@ class _Rows:
     """
 
     def __init__(self, q: Tensor, scale: float, softcap: float | None, widest: int = TILE_KEYS) -> None:
-        self.group, self.count = q.shape[0], q.shape[0] * q.shape[1]
+        self.group, self.count, self.widest = q.shape[0], q.shape[0] * q.shape[1], widest
         self._softcap = softcap
         factor = scale if softcap is None else scale / softcap
-        self._q = q.new_zeros(self.count, q.shape[2] + 1, dtype=_compute_dtype(q))
+        self._q = q.new_zeros(self.count, q.shape[2] + 1, dtype=compute_dtype(q))
         self._q[:, :-1] = q.flatten(0, 1)
         self._q[:, :-1] *= factor
         self._reference = self._q.new_zeros(self.count, 1)
@@ -295,7 +231,7 @@ class _Rows:
 
 def _with_ones(k: Tensor) -> Tensor:
     """Keys (keys, head_dim) in the type of computation, with one more column of ones."""
-    keys = k.new_ones(k.shape[0], k.shape[1] + 1, dtype=_compute_dtype(k))
+    keys = k.new_ones(k.shape[0], k.shape[1] + 1, dtype=compute_dtype(k))
     keys[:, :-1] = k
     return keys
 
@@ -322,11 +258,12 @@ def _rows(group: int) -> int:
     return max(TILE_ROWS // group // 16, 1) * 16
 
 
-def _compute_dtype(q: Tensor) -> torch.dtype:
+def compute_dtype(q: Tensor) -> torch.dtype:
+    """The dtype in which logits of these queries are computed."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _map_blocks(measure: Callable[[Block], Tensor], blocks: Sequence[Block], device: torch.device) -> Iterator[Tensor]:
+def map_blocks(measure: Callable[[Block], Tensor], blocks: Sequence[Block], device: torch.device) -> Iterator[Tensor]:
     """Measure the blocks, in order; on a CPU in as many threads as PyTorch may use, one core each."""
     if device.type != "cpu":
         yield from map(measure, blocks)
