@@ -22,6 +22,7 @@ import typer
 from longsift import __version__
 from longsift.errors import LongsiftError, UsageError
 from longsift.options import ModelOptions, ScoreOptions, SelectOptions, WindowOptions
+from longsift.training.options import TrainOptions
 
 app = typer.Typer(
     name="longsift",
@@ -264,6 +265,30 @@ def report(*, out: Folder, as_json: Json = False, verbose: Verbose = 0) -> None:
     from longsift import pipeline
 
     _print({"report": str(pipeline.report(out))}, as_json)
+
+
+@_command
+def train_calculator(
+    *,
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the model.", show_default=False)],
+    training: TrainOptions,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw an earlier run in OUT away.")] = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Train a calculator on long windows: continue a causal language model, or begin one."""
+    from longsift.training import calculator, estimate
+
+    if dry_run:
+        _print(estimate.estimate_training(inputs, training), as_json)
+        return
+    result = calculator.train_calculator(inputs, out, training, overwrite=overwrite, quiet=quiet)
+    if result is not None:  # the first process speaks for all
+        _print(result, as_json)
 
 
 @_command
