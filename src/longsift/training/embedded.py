@@ -14,6 +14,7 @@ A hybrid of sliding-window and global layers, for windows of up to 32,768 tokens
     torchrun --standalone --nproc-per-node 4 -m longsift.training.embedded train packed --config qwen3-small \\
         --out model --compile --minutes 8 --stage 2048:60 --stage 8192:25 --stage 32768:15 --batch-tokens 1048576 \\
         --repeat-share 0.3 --recall-share 0.3 --tokenizer first
+    python -m longsift.training.embedded quantise model --out model-int8
 
 Documents are JSON lines with `text` and, if there are categories, `source`. The models are ordinary ones of
 transformers with tied embeddings. Every training window lies inside one document and has no padding, so no mask but
@@ -53,6 +54,7 @@ from longsift.training.corpus import (
 )
 from longsift.training.facts import Facts, make_facts
 from longsift.training.figures import evaluate
+from longsift.training.int8 import quantise
 from longsift.training.loop import WEIGHTS, Recipe, train
 from longsift.training.model import load_model
 
@@ -121,6 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     training.add_argument("--compile", action="store_true")
     training.add_argument("--weight", **weigh)
+
+    quantising = commands.add_parser("quantise", help="write a model again with int8 weights, half as large")
+    quantising.add_argument("model", type=Path)
+    quantising.add_argument("--out", type=Path, required=True)
 
     evaluating = commands.add_parser("evaluate", help="print figures as JSON")
     evaluating.add_argument("model", type=Path)
@@ -206,6 +212,8 @@ def _run(options: argparse.Namespace) -> None:
     elif options.command == "train":
         with _processes(options.device) as device:
             _train(options, weights, device)
+    elif options.command == "quantise":
+        quantise(options.model, options.out)
     else:
         figures = evaluate(
             load_model(options.model, options.device),

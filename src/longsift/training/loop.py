@@ -133,6 +133,8 @@ class _Clock:
     """Seconds of training, the same in every process: those of the first."""
 
     def __init__(self, before: float) -> None:
+        if dist.is_initialized():
+            dist.all_reduce(torch.zeros(()))  # none begins before all are ready
         self._began = time.monotonic() - before
 
     def seconds(self) -> float:
@@ -248,7 +250,7 @@ def train(
         model.zero_grad(set_to_none=True)
     losses: list[torch.Tensor] = []
     clock = _Clock(seconds)
-    last_log = (step, seconds)
+    logged = (step, seconds)
     while (progress := recipe.progress(step, seconds)) < 1 and step < until:
         length = recipe.length(progress)
         drawn = torch.from_numpy(sampler.draw(step, recipe.rows(length), length, _share(recipe.rows(length))))
@@ -269,8 +271,8 @@ def train(
                 raise UsageError(f"the loss is {recent} at step {step}; lower --rate")
         seconds = clock.seconds()
         if step % LOG_EVERY == 0 and first_process:
-            rate = (step - last_log[0]) * recipe.batch_tokens / (seconds - last_log[1])
-            last_log = (step, seconds)
+            rate = (step - logged[0]) * recipe.batch_tokens / (seconds - logged[1])
+            logged = (step, seconds)
             print(
                 f"step {step} ({recipe.progress(step, seconds):.1%}) length {length} loss {recent:.4f} "
                 f"{rate / 1e6:.2f} M tokens/s {seconds:.0f} s",
@@ -280,4 +282,6 @@ def train(
         if step % save_every == 0:
             save()
     save()
+    if first_process:
+        print(f"{step} steps, {step * recipe.batch_tokens / 1e6:.0f} M tokens, {seconds:.0f} s", file=sys.stderr)
     return [float(loss) for loss in losses]

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from longsift.errors import InputError
 from longsift.shards import write_json
 from longsift.tables import publish
+from longsift.training import int8
 
 Losses = Callable[[PreTrainedModel, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -43,7 +44,10 @@ def _attention(
     elif sliding_window is not None and sliding_window < query.shape[2]:
         out = _sliding_attention(query, key, value, sliding_window, scaling)
     else:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        # Key-value heads are repeated: in float32 on CUDA, grouped ones would leave only the kernel that holds T×T.
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -81,6 +85,13 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
+def _from_config(config: PretrainedConfig) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, attn_implementation=ATTENTION, dtype=torch.float32
+    )
+    return model
+
+
 def new_model(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
     """Make a float32 model of `config["model_type"]` with random weights.
 
@@ -89,10 +100,7 @@ def new_model(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
     """
     torch.manual_seed(seed)
     settings = {key: value for key, value in config.items() if key not in ("model_type", "dtype")}
-    loaded = AutoConfig.for_model(config["model_type"], **settings)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        loaded, attn_implementation=ATTENTION, dtype=torch.float32
-    )
+    model = _from_config(AutoConfig.for_model(config["model_type"], **settings))
     shrink = (2 * config["num_hidden_layers"]) ** -0.5
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -121,17 +129,22 @@ def save_model(model: PreTrainedModel, config: Mapping[str, Any], folder: Path) 
 
 
 def load_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
-    """Load a folder written by `train`, in float32 and for the fast causal attention.
+    """Load a folder written by `train` or `quantise`, in float32 and for the fast causal attention.
 
     Raises:
         InputError: the folder holds no model.
     """
-    if not (folder / "model.safetensors").is_file():
+    model: PreTrainedModel
+    if (folder / int8.FILE).is_file():
+        model = _from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        weights = int8.dequantise(folder / int8.FILE)
+        model.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
+    elif (folder / "model.safetensors").is_file():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, attn_implementation=ATTENTION
+        )
+    else:
         raise InputError(f"{folder} holds no model.safetensors; make one with `train`")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, local_files_only=True, dtype=torch.float32, attn_implementation=ATTENTION
-    )
     return model.to(device).eval()
 
 
