@@ -28,6 +28,7 @@ from longsift.training.card import plot_losses
 from longsift.training.estimate import estimate_training, window_flops
 from longsift.training.hf_trainer import last_checkpoint, position_edges
 from longsift.training.options import TrainOptions
+from longsift.training.processes import Processes
 
 # Eight steps of four windows in two passes; every third is kept.
 SMALL = {
@@ -108,7 +109,9 @@ def test_the_validation_loss_is_that_of_the_saved_model(trained, corpus):
     out, result = trained
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     given = options(None, from_scratch=str(out), tokenizer=str(out), window=256)
-    windows = calculator.Plan(given, [str(corpus)]).pack([str(corpus)], out.parent / "again", True, True)
+    windows = calculator.Plan(given, [str(corpus)]).pack(
+        [str(corpus)], out.parent / "again", Processes(first=True), True
+    )
     with torch.no_grad():
         sums = torch.zeros(2, dtype=torch.float64)
         for index in range(len(windows)):
@@ -193,6 +196,21 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(straight, model, corpus,
     assert not checkpoints.exists()
 
 
+def test_a_run_that_was_trained_but_could_not_be_saved_is_saved_next_time(
+    straight, model, corpus, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(calculator, "_save", fail)
+        with pytest.raises(OSError, match="disk is full"):
+            train_calculator([str(corpus)], tmp_path / "out", options(model), quiet=True)
+    result = train_calculator([str(corpus)], tmp_path / "out", options(model), quiet=True)
+    assert result["resumed_at_step"] == 8
+    assert same_bits(weights(tmp_path / "out"), straight)
+
+
 def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path):
     for step, name in ((4, "complete.json"), (12, "complete.json"), (16, "model.safetensors")):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -210,6 +228,7 @@ def test_two_processes_train_as_one(straight, model, corpus, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
     result = json.loads(done.stdout)
     assert (result["processes"], result["steps"]) == (2, 8)
     one, two = straight, weights(tmp_path / "out")

@@ -46,10 +46,11 @@ def pieces(windows: PackedWindows) -> list[list[int]]:
     """The tokens of every piece, without padding."""
     found = []
     for i in range(len(windows)):
-        ids, at = windows[i]["input_ids"], 0
-        for length in windows.lengths(i):
-            found.append(ids[at : at + length].tolist())
-            at += length
+        row = windows[i]
+        begins = [*np.flatnonzero(row["position_ids"] == 0), windows.window]
+        for begin, end in pairwise(begins):
+            if (row["labels"][begin:end] != IGNORED).any():  # else it is padding
+                found.append(row["input_ids"][begin:end].tolist())
     return sorted(found)
 
 

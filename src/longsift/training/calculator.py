@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 import transformers
 from safetensors import SafetensorError
 
@@ -30,11 +29,11 @@ from longsift.calculators.interface import quiet as hushed
 from longsift.calculators.interface import read_config, rope_of
 from longsift.documents import ReadOptions
 from longsift.errors import ModelError, OutputError, UnsupportedModel, UsageError
-from longsift.progress import Progress
 from longsift.shards import RunFolder, write_json
 from longsift.sources import find_sources
 from longsift.training.options import TrainOptions
 from longsift.training.packing import Cutting, PackedWindows, WindowOrder, find_packed, pack
+from longsift.training.processes import Processes, joined, process_count
 from longsift.windows import WindowTokenizer
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,6 @@ _RATES = {"continued": 2e-5, "from scratch": 3e-4}  # LADM's, and a usual one fo
 _FREE = {
     "data", "device", "device_batch", "attention", "activation_checkpointing", "save_every", "validate_every",
 }  # fmt: skip
-_WAIT = 2.0  # seconds between looks at what the first process does
 
 
 def train_calculator(
@@ -77,30 +75,30 @@ def train_calculator(
         OutputError: the folder holds another run or other files.
     """
     check_extra()
-    device = _device(options)
-    first = int(os.environ.get("RANK", "0")) == 0
-    quiet = quiet or not first
+    device = choose_device(options)
     plan = Plan(options, inputs)
     run = RunFolder(out)
     with ExitStack() as held:
-        if first:
+        processes = held.enter_context(joined(device))
+        quiet = quiet or not processes.first
+        done = None
+        if processes.first:
             _check_folder(run.path, overwrite)
             held.enter_context(run.lock())
             done = _begin(run.path, plan.identity, overwrite)
-            if done is not None:
-                return done
-        data = Path(options.data) if options.data is not None else run.path / "data"
-        windows = plan.pack(inputs, data / "train", first, quiet)
-        validation = None
-        if options.validation is not None:
-            validation = plan.pack([options.validation], data / "validation", first, quiet)
-        result = _train(plan, run.path, windows, validation, device, quiet)
-        if not first:
-            return None
-        write_json(run.path / RECORD, {"longsift": __version__, "identity": plan.identity, "result": result})
-        _remove(run.path / "checkpoints")
-        _remove(run.path / "data")
-        return result
+        done = processes.told(done)
+        if done is None:
+            data = Path(options.data) if options.data is not None else run.path / "data"
+            windows = plan.pack(inputs, data / "train", processes, quiet)
+            validation = None
+            if options.validation is not None:
+                validation = plan.pack([options.validation], data / "validation", processes, quiet)
+            done = _train(plan, run.path, windows, validation, device, quiet)
+            if processes.first:
+                write_json(run.path / RECORD, {"longsift": __version__, "identity": plan.identity, "result": done})
+                _remove(run.path / "checkpoints")
+                _remove(run.path / "data")
+        return done if processes.first else None
 
 
 def check_extra() -> None:
@@ -109,7 +107,7 @@ def check_extra() -> None:
         raise UsageError("Training needs accelerate: pip install 'longsift[train]'")
 
 
-def _device(options: TrainOptions) -> torch.device:
+def choose_device(options: TrainOptions) -> torch.device:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: this machine has no GPU that PyTorch can use.")
     if options.device == "cpu" or not torch.cuda.is_available():
@@ -119,10 +117,6 @@ def _device(options: TrainOptions) -> torch.device:
         count = torch.cuda.device_count()
         log.warning("one of %d GPUs is used; for all: torchrun --nproc-per-node %d -m longsift …", count, count)
     return torch.device("cuda", rank)
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Plan:
@@ -140,14 +134,14 @@ class Plan:
         self.config = self._config()
         self.tokenizer = WindowTokenizer.load(*self._tokenizer_name(), options.trust_remote_code)
         self.end: int | None = self.hf_tokenizer().eos_token_id
-        self.accumulation = round(options.batch_tokens / (options.window * options.device_batch * _processes()))
+        self.accumulation = round(options.batch_tokens / (options.window * options.device_batch * process_count()))
         if not self.accumulation:
-            least = options.window * options.device_batch * _processes()
+            least = options.window * options.device_batch * process_count()
             raise UsageError(
                 f"--batch-tokens {options.batch_tokens:,} is less than one pass of all devices, {least:,} tokens. "
                 "Give more, or a shorter --window."
             )
-        self.windows_per_step = self.accumulation * options.device_batch * _processes()
+        self.windows_per_step = self.accumulation * options.device_batch * process_count()
         self.read = ReadOptions(text_key=options.text_key, group_by=options.group_by, tab_ids=options.tab_ids)
         self.identity = json.loads(
             json.dumps(
@@ -222,11 +216,11 @@ class Plan:
             "limit": options.limit,
         }
 
-    def pack(self, inputs: Sequence[str], folder: Path, first: bool, quiet: bool) -> PackedWindows:
+    def pack(self, inputs: Sequence[str], folder: Path, processes: Processes, quiet: bool) -> PackedWindows:
         """The windows of documents: made by the first process, waited for by the others."""
         identity = self._data_identity(inputs)
-        if first:
-            return pack(
+        if processes.first:
+            pack(
                 find_sources(inputs),
                 folder,
                 self.cutting,
@@ -236,9 +230,10 @@ class Plan:
                 identity=identity,
                 quiet=quiet,
             )
-        # Not by a barrier, whose time limit tokenising a large corpus would exceed.
-        while (packed := find_packed(folder, identity)) is None:
-            time.sleep(_WAIT)
+        processes.told(None)
+        packed = find_packed(folder, identity)
+        if packed is None:
+            raise OutputError(f"{folder} was not found by every process: OUT and --data must be on a shared disk.")
         return packed
 
     def steps(self, windows: int) -> int:
@@ -393,7 +388,7 @@ def _train(
     plan: Plan, out: Path, windows: PackedWindows, validation: PackedWindows | None, device: torch.device, quiet: bool
 ) -> dict[str, Any]:
     from longsift.training.card import write_card
-    from longsift.training.hf_trainer import CalculatorTrainer, Reporter, last_checkpoint
+    from longsift.training.hf_trainer import CalculatorTrainer, Reporter, TrainingProgress, last_checkpoint
     from longsift.training.packed_attention import choose_attention
 
     options = plan.options
@@ -407,20 +402,24 @@ def _train(
         enable({"use_reentrant": False})
     with hushed(), _info_to_stderr():
         arguments = _arguments(plan, out, steps, device, validation is not None)
-        if _processes() > 1:
-            torch.distributed.barrier()  # the first process has cleared what --overwrite throws away
         checkpoint = last_checkpoint(out / "checkpoints")
         before = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         tokens = plan.windows_per_step * options.window
         order = WindowOrder(windows, steps * plan.windows_per_step, options.seed)
         started = time.perf_counter()
-        with Progress("training", steps * tokens, "tokens", done=before * tokens, quiet=quiet) as progress:
+        with TrainingProgress(steps * tokens, done=before * tokens, quiet=quiet) as progress:
             progress.count(steps=before)
             trainer = CalculatorTrainer(
                 model, arguments, order, validation, options.validation_windows, [Reporter(progress, tokens)]
             )
             trainer.remove_callback(transformers.PrinterCallback)  # it prints to stdout, which is for results
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"Out of GPU memory with {options.device_batch} × {options.window:,} tokens a pass. Use "
+                    f"--device-batch 1, activation checkpointing, a shorter --window or a smaller model. ({error})"
+                ) from error
         seconds = time.perf_counter() - started
         history = trainer.state.log_history
         if validation is not None and not any("eval_loss" in entry and entry["step"] == steps for entry in history):
@@ -438,7 +437,7 @@ def _train(
         "attention": attention.removeprefix("longsift_"),
         "dtype": str(plan.dtype(device)).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "processes": _processes(),
+        "processes": process_count(),
         "resumed_at_step": before or None,
         "seconds": seconds,
         "tokens_per_second": (steps - before) * tokens / seconds,

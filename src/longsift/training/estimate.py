@@ -15,9 +15,10 @@ from longsift.calculators.interface import quiet as hushed
 from longsift.errors import InputError
 from longsift.progress import Progress
 from longsift.sources import find_sources
-from longsift.training.calculator import Plan, _device, _processes, check_extra
+from longsift.training.calculator import Plan, check_extra, choose_device
 from longsift.training.options import TrainOptions
 from longsift.training.packing import read_batches
+from longsift.training.processes import process_count
 
 _SOURCES = 8  # read from, spread over the corpus
 _DOCUMENTS = 500  # read in all
@@ -35,7 +36,7 @@ def estimate_training(inputs: Sequence[str], options: TrainOptions) -> dict[str,
         UsageError, ModelError: as `train_calculator`.
     """
     check_extra()
-    device = _device(options)
+    device = choose_device(options)
     plan = Plan(options, inputs)
     sources = find_sources(inputs)
     looked_at = sources[:: -(-len(sources) // _SOURCES)]
@@ -62,7 +63,7 @@ def estimate_training(inputs: Sequence[str], options: TrainOptions) -> dict[str,
         model = transformers.AutoModelForCausalLM.from_config(plan.config, trust_remote_code=options.trust_remote_code)
     flops = window_flops(model, pairs, options.window, options.activation_checkpointing)
     step_tokens = plan.windows_per_step * options.window
-    speed = matmul_speed(device, plan.dtype(device)) * _EFFICIENCY * _processes()
+    speed = matmul_speed(device, plan.dtype(device)) * _EFFICIENCY * process_count()
     seconds = flops * plan.windows_per_step / speed
     return {
         "documents": round(documents * whole),
@@ -79,7 +80,7 @@ def estimate_training(inputs: Sequence[str], options: TrainOptions) -> dict[str,
         "seconds_a_step": seconds,
         "hours": seconds * steps / 3600,
         "tokens_per_second": step_tokens / seconds,
-        "processes": _processes(),
+        "processes": process_count(),
         "device": str(device),
     }
 

@@ -114,6 +114,18 @@ class CalculatorTrainer(Trainer):  # type: ignore[misc]  # the library has no ty
         return sums.index_add_(0, bucket, torch.stack((losses * counted, counted), dim=1))
 
 
+class TrainingProgress(Progress):
+    """Progress that states the latest losses first."""
+
+    def __init__(self, total: int, *, done: int, quiet: bool) -> None:
+        super().__init__("training", total, "tokens", done=done, quiet=quiet)
+        self.losses: dict[str, float] = {}
+
+    def line(self, *, left: bool = True) -> str:
+        """The state in words, such as 'loss 2.312 · 31 steps · 31,744 of 163,840 tokens · 9,120 tokens/s'."""
+        return " · ".join([*(f"{name} {loss:.3f}" for name, loss in self.losses.items()), super().line(left=left)])
+
+
 class Reporter(TrainerCallback):  # type: ignore[misc]  # the library has no types
     """Counts tokens and states the loss on stderr, stops at a loss that is no number, and seals checkpoints.
 
@@ -122,7 +134,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # the library has no typ
         tokens: of a step.
     """
 
-    def __init__(self, progress: Progress, tokens: int) -> None:
+    def __init__(self, progress: TrainingProgress, tokens: int) -> None:
         self._progress, self._tokens = progress, tokens
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -135,7 +147,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # the library has no typ
         Raises:
             ModelError: it is not finite.
         """
-        for name, label in (("loss", "training, loss"), ("eval_loss", "training, validation loss")):
+        for name, label in (("loss", "loss"), ("eval_loss", "validation loss")):
             if name in logs:
                 loss = float(logs[name])
                 if not math.isfinite(loss):
@@ -143,7 +155,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # the library has no typ
                         f"The loss is {loss} at step {state.global_step}. Start anew with a lower --rate, or with "
                         "--dtype float32."
                     )
-                self._progress.stage = f"{label} {loss:.3f}"
+                self._progress.losses[label] = loss
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark a checkpoint as whole when every process has written its part."""
