@@ -82,6 +82,14 @@ def test_far_statistics_match_the_reference_at_any_distance(backend: str, distan
     assert_far_statistics_exact(q, k, distance, backend=backend)
 
 
+@pytest.mark.parametrize("distance", [1, 100, 400])
+@pytest.mark.parametrize("skip", [1, 64, 128, 259, 900, 5000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_far_statistics_match_the_reference_without_the_first_keys(backend: str, skip: int, distance: int) -> None:
+    q, k = queries_and_keys(8, 2, 900, 16)
+    assert_far_statistics_exact(q, k, distance, skip=skip, backend=backend)
+
+
 @pytest.mark.parametrize("denominator", ["prior", "causal"])
 @pytest.mark.parametrize("span", [1, 16, 37, 600])
 @pytest.mark.parametrize(("heads", "kv_heads", "length", "head_dim"), SHAPES[1:])
@@ -108,15 +116,16 @@ def test_span_focus_matches_the_reference_under_a_soft_cap(backend: str) -> None
     group=st.integers(1, 3),
     kv_heads=st.integers(1, 2),
     distance=st.integers(0, 100),
+    skip=st.integers(0, 100),
     span=st.integers(1, 90),
     denominator=st.sampled_from(["prior", "causal"]),
     seed=st.integers(0, 1000),
 )
 def test_any_small_window_matches_the_reference(
-    length: int, group: int, kv_heads: int, distance: int, span: int, denominator: str, seed: int
+    length: int, group: int, kv_heads: int, distance: int, skip: int, span: int, denominator: str, seed: int
 ) -> None:
     q, k = queries_and_keys(group * kv_heads, kv_heads, length, 5, batch=2, seed=seed)
-    assert_far_statistics_exact(q, k, distance, scale=0.4, backend="cpu")
+    assert_far_statistics_exact(q, k, distance, skip=skip, scale=0.4, backend="cpu")
     assert_span_focus_exact(q, k, min(span, length), denominator=denominator, scale=0.4, backend="cpu")
 
 

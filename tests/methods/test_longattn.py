@@ -40,6 +40,31 @@ def test_a_window_has_the_mean_over_heads_of_strength_and_variance():
     assert measured["variance"] == pytest.approx(far.flatten(1).var(1).mean().item(), rel=1e-5)
 
 
+def test_without_the_sink_the_first_128_tokens_are_never_far_and_stay_in_the_softmax():
+    torch.manual_seed(0)
+    length = 300
+    q, k = torch.randn(1, 2, length, 8) * 2, torch.randn(1, 2, length, 8) * 2
+    measured = LongAttn(skip_sink=True).measure(GivenLayer(q, k), torch.zeros(length, dtype=torch.long))
+    logits = (q @ k.transpose(2, 3)).double()[0] / 8**0.5
+    far = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)
+    far = far.tril(-far_distance(length))
+    far[:, :, :128] = 0
+    assert measured["dependency_strength"] == pytest.approx(far.sum().item() / length / 2, rel=1e-5)
+    assert measured["variance"] == pytest.approx(far.flatten(1).var(1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("skip_sink", [False, True])
+def test_the_shortest_window_is_the_first_with_a_far_pair(skip_sink):
+    method = LongAttn(skip_sink=skip_sink)
+    first = 128 if skip_sink else 0
+
+    def far_pairs(length):
+        return max(length - first - far_distance(length), 0)
+
+    assert far_pairs(method.shortest())
+    assert not far_pairs(method.shortest() - 1)
+
+
 def test_strength_raises_the_score_and_variance_lowers_it():
     rule = LongAttn(alpha=0.25, normalize="minmax").rule()
     assert rule.terms == (Term("dependency_strength", 1.0), Term("variance", -0.25))

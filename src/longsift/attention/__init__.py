@@ -46,6 +46,7 @@ def far_statistics(
     k: Tensor,
     distance: int,
     *,
+    skip: int = 0,
     scale: float | None = None,
     softcap: float | None = None,
     backend: Backend = "auto",
@@ -61,6 +62,7 @@ def far_statistics(
         q: queries after position encoding, (batch, heads, length, head_dim); length ≥ 2.
         k: keys after position encoding, (batch, kv_heads, length, head_dim).
         distance: least query-to-key distance of a far pair, tokens; at `distance ≥ length` no pair is far.
+        skip: keys of the first `skip` tokens, the attention sink, are in no far pair; they stay in the softmax.
         scale: factor of the logits; 1/√head_dim when not given.
         softcap: logits become softcap·tanh(logits/softcap) when given.
         backend: "auto" takes the fastest for the device; "cpu" is blockwise PyTorch, for any device;
@@ -78,10 +80,12 @@ def far_statistics(
         raise ValueError(f"a variance needs a window of at least 2 tokens; got length {q.shape[2]}")
     if distance < 0:
         raise ValueError(f"distance counts tokens and cannot be negative; got {distance}")
+    if skip < 0:
+        raise ValueError(f"skip counts tokens and cannot be negative; got {skip}")
     if backend == "triton":
         raise ValueError('the backend "triton" has no far statistics; take "auto"')
     strength, variance = _module(backend, q).far_statistics(
-        q.detach(), k.detach(), distance, scale=_scale(q, scale), softcap=softcap
+        q.detach(), k.detach(), distance, skip=skip, scale=_scale(q, scale), softcap=softcap
     )
     return FarStatistics(strength, variance)
 

@@ -34,7 +34,7 @@ Block = TypeVar("Block")
 
 
 def far_statistics(
-    q: Tensor, k: Tensor, distance: int, *, scale: float, softcap: float | None = None
+    q: Tensor, k: Tensor, distance: int, *, skip: int = 0, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Strength and variance, each (batch, heads) float32; see `longsift.attention.far_statistics`."""
     batch, heads, length, _ = q.shape
@@ -48,7 +48,7 @@ def far_statistics(
 
         def measure(start: int, queries: Tensor = grouped[b, h], keys: Tensor = keys) -> Tensor:
             block = queries[:, start : start + rows]
-            return _far_block(_Rows(block, scale, softcap), keys, start, block.shape[1], distance)
+            return _far_block(_Rows(block, scale, softcap), keys, start, block.shape[1], distance, skip)
 
         for part in map_blocks(measure, starts, q.device):
             sums[:, b, h] += part
@@ -98,15 +98,16 @@ def span_focus(
     return focus.flatten(1, 2)
 
 
-def _far_block(queries: _Rows, keys: Tensor, start: int, positions: int, distance: int) -> Tensor:
+def _far_block(queries: _Rows, keys: Tensor, start: int, positions: int, distance: int, skip: int) -> Tensor:
     """Σ P and Σ P² over the far pairs of the queries at `start`: (2, group) in float64."""
     end = start + positions
     # The keys before `all_far` are far from every row; those from `some_far` on are far from none.
+    # Those before `skip` are left out.
     all_far, some_far = start - distance + 1, end - distance
     query = torch.arange(start, end, device=keys.device)[:, None]
     tiles: list[tuple[Tensor, Tensor | None]] = []
     nearest = 0  # the first tile of the queries' own positions
-    for first, last in _tiles(all_far, some_far, start, end):
+    for first, last in _tiles(all_far, some_far, start, end, skip):
         nearest += first < start
         hidden = torch.arange(first, last, device=keys.device) > query if last - 1 > start else None
         tiles.append((keys[first:last], hidden))
@@ -118,7 +119,7 @@ def _far_block(queries: _Rows, keys: Tensor, start: int, positions: int, distanc
             first, last = last, last + len(tile)
             e = queries.exponentials(tile, hidden)
             torch.sum(e, -1, out=total[i])
-            if first < some_far:
+            if skip <= first < some_far:
                 if last > all_far:
                     near = torch.arange(first, last, device=keys.device) > query - distance
                     queries.by_head(e).masked_fill_(near, 0.0)
@@ -236,9 +237,12 @@ def _with_ones(k: Tensor) -> Tensor:
     return keys
 
 
-def _tiles(all_far: int, some_far: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Tiles of the keys [0, end), cut so that few of them hold both sides of a boundary and need a mask."""
-    boundaries = (all_far // ALIGNMENT * ALIGNMENT, -(-some_far // ALIGNMENT) * ALIGNMENT, start, end)
+def _tiles(all_far: int, some_far: int, start: int, end: int, skip: int) -> Iterator[tuple[int, int]]:
+    """Tiles of the keys [0, end), cut so that few of them hold both sides of a boundary and need a mask.
+
+    None holds both sides of `skip`.
+    """
+    boundaries = (all_far // ALIGNMENT * ALIGNMENT, -(-some_far // ALIGNMENT) * ALIGNMENT, start, end, skip)
     cuts = sorted({0, *(min(max(boundary, 0), end) for boundary in boundaries)})
     for first, last in pairwise(cuts):
         yield from _pieces(first, last)

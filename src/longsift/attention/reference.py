@@ -33,11 +33,12 @@ def attention_map(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> 
 
 
 def far_statistics(
-    q: Tensor, k: Tensor, distance: int, *, scale: float, softcap: float | None = None
+    q: Tensor, k: Tensor, distance: int, *, skip: int = 0, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Strength and variance, each (batch, heads); see `longsift.attention.far_statistics`."""
     length = q.shape[2]
     near = token_distances(length, q.device) < distance
+    near[:, :skip] = True
     far = attention_map(q, k, scale, softcap).masked_fill(near, 0.0)
     return far.sum((-1, -2)) / length, far.var((-1, -2), correction=1)
 

@@ -70,7 +70,8 @@ def build_method(name: str, **parameters: Any) -> Method:
     if foreign:
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in foreign)
         takes = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(known))
-        raise UsageError(f"{flags} does not apply to the method '{name}', which takes {takes}.")
+        why = "".join(f" {reason}" for key, reason in getattr(method, "needless", {}).items() if key in foreign)
+        raise UsageError(f"{flags} does not apply to the method '{name}', which takes {takes}.{why}")
     built: Method = method(**given)
     return built
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from longsift.calculators.first_layer import FirstLayer
 
 
+SINK = 128  # tokens: LADM's first span, which draws attention whatever the text is
+
+
 def far_distance(length: int) -> int:
     """The distance, in tokens, from which a key counts as far: `length - 3·(length // 4)`, about a quarter."""
     return length - 3 * (length // 4)
@@ -31,11 +34,14 @@ class LongAttn:
         alpha: weight of the uniformity.
         normalize: "zscore" as in the paper, or "minmax" as in the published code.
         detail: also write the values of every head.
+        skip_sink: never count the first 128 tokens as far, in strength and in variance; they stay in the softmax.
+            The paper counts them.
     """
 
     alpha: float = 0.5
     normalize: Literal["zscore", "minmax"] = "zscore"
     detail: bool = False
+    skip_sink: bool = False
 
     name: ClassVar[str] = "longattn"
     calculator: ClassVar[Literal["first_layer"]] = "first_layer"
@@ -58,13 +64,21 @@ class LongAttn:
         return (*means, pa.field("dependency_strength_heads", heads), pa.field("variance_heads", heads))
 
     def shortest(self) -> int:
-        return 4  # below, no pair of tokens is far
+        # Below, no pair of tokens is far.
+        return 4 * -(-(SINK + 1) // 3) if self.skip_sink else 4
 
     def measure(self, calculator: FirstLayer, input_ids: torch.Tensor) -> dict[str, Any]:
         from longsift.attention import far_statistics
 
         layer = calculator.queries_keys(input_ids[None])
-        far = far_statistics(layer.q, layer.k, far_distance(len(input_ids)), scale=layer.scale, softcap=layer.softcap)
+        far = far_statistics(
+            layer.q,
+            layer.k,
+            far_distance(len(input_ids)),
+            skip=SINK if self.skip_sink else 0,
+            scale=layer.scale,
+            softcap=layer.softcap,
+        )
         strength, variance = far.strength[0].double(), far.variance[0].double()
         row: dict[str, Any] = {
             "dependency_strength": strength.mean().item(),
