@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -188,6 +189,28 @@ def test_windows_of_one_run_are_scored_by_another_method_elsewhere(finished, tmp
     assert as_json(longsift("select", out, "--keep", 0.5, "--json"))["kept"] > 0
     longsift("report", out)
     assert as_json(longsift("status", out, "--json"))["scores"]["state"] == "done"
+
+
+def test_ladm_is_selected_by_standardised_layers_without_scoring_again(finished, tmp_path):
+    out = tmp_path / "ladm"
+    longsift("score", finished, "-o", out, "--method", "ladm", *SMALL_SPANS, "-q")
+    before = contents(out / "scores")
+    longsift("select", out, "--keep", 1.0, "--layer-aggregation", "zscore", "-q")
+    assert contents(out / "scores") == before
+    scored = {row["window_id"]: row for row in table(out / "scores").to_pylist()}
+    for group in ("code", "mixed"):
+        layers = {window: row["cds_layers"] for window, row in scored.items() if row["group"] == group}
+        values = np.array(list(layers.values()))
+        assert values.shape[1] > 1
+        expected = ((values - values.mean(0)) / values.std(0)).mean(1)
+        selected = {
+            row["window_id"]: row["score"] for row in table(out / "selected").to_pylist() if row["group"] == group
+        }
+        assert selected == pytest.approx(dict(zip(layers, expected, strict=True)), rel=1e-6, abs=1e-9)
+    assert RunFolder(out).manifest()["selected"]["identity"]["parameters"]["layer_aggregation"] == "zscore"
+    assert "mean(Z(cds_layers))" in (out / "selected" / "README.md").read_text("utf-8")
+    longsift("report", out)
+    assert "mean(Z(cds_layers))" in (out / "report.html").read_text("utf-8")
 
 
 def test_a_window_has_the_same_score_whatever_is_scored_beside_it(finished, model, tmp_path):

@@ -8,6 +8,8 @@ from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -79,6 +81,76 @@ def test_score_and_rank_are_those_of_the_plain_definition(tmp_path: Path, normal
         for window_id, _, score, rank in rows:
             assert found.pop(window_id) == (pytest.approx(score, rel=1e-9, abs=1e-12), rank)
     assert not found
+
+
+def scores_with_layers(groups: list[str], layers: list[list[float | None] | None]) -> pa.Table:
+    n = len(groups)
+    return pa.table(
+        {
+            "window_id": [f"d{i}:0" for i in range(n)],
+            "doc_id": [f"d{i}" for i in range(n)],
+            "group": groups,
+            "n_tokens": pa.array([100] * n, pa.int32()),
+            "status": ["failed" if values is None else "ok" for values in layers],
+            "reason": pa.array([None] * n, pa.string()),
+            "cds": pa.array([0.5] * n, pa.float64()),
+            "cds_layers": pa.array(layers, pa.list_(pa.float64())),
+        }
+    )
+
+
+@pytest.mark.parametrize("normalize", ["zscore", "minmax", "none"])
+def test_each_element_of_a_list_is_normalized_by_itself_within_its_group(normalize: str) -> None:
+    draw = np.random.default_rng(0)
+    layers = draw.normal(size=(60, 9)) * 0.3 ** np.arange(9) + np.arange(9)
+    layers[:, 4] = 7.5  # a layer that says the same of every window
+    groups = ["arxiv" if i % 3 else "book" for i in range(60)]
+    rule = ScoreRule((Term("cds_layers", 2.0, each=True), Term("cds", -1.0)), normalize)  # type: ignore[arg-type]
+    kept = select_table(scores_with_layers(groups, layers.tolist()), rule, keep=1.0)
+    for group in ("arxiv", "book"):
+        places = [i for i in range(60) if groups[i] == group]
+        own = layers[places]
+        spread = {"zscore": own.std(0), "minmax": np.ptp(own, axis=0), "none": np.ones(9)}[normalize]
+        origin = {"zscore": own.mean(0), "minmax": own.min(0), "none": np.zeros(9)}[normalize]
+        changing = np.ptp(own, axis=0) > 0
+        value = np.divide(own - origin, spread, where=changing | (normalize == "none"), out=np.zeros_like(own))
+        expected = 2 * value.mean(1) - (0.5 if normalize == "none" else 0.0)
+        found = {row["window_id"]: row["score"] for row in kept.to_pylist() if row["group"] == group}
+        assert found == pytest.approx({f"d{i}:0": x for i, x in zip(places, expected, strict=True)}, rel=1e-9)
+
+
+def test_layers_weigh_the_same_whatever_their_size() -> None:
+    # The first layer is a thousand times larger, and against the two others.
+    layers = [[1000.0 * i, -0.1 * i, -0.2 * i] for i in range(5)]
+    rule = ScoreRule((Term("cds_layers", 1.0, each=True),), "zscore")
+    kept = select_table(scores_with_layers(["book"] * 5, layers), rule, keep=0.2)
+    assert kept["window_id"].to_pylist() == ["d0:0"]
+    assert rule.describe() == "mean(Z(cds_layers))"
+
+
+def test_windows_that_lack_a_layer_are_counted_as_failed(tmp_path: Path) -> None:
+    rows = [[1.0, 2.0], None, [1.0, None], [math.nan, 2.0], [3.0, 1.0]]
+    (tmp_path / "scores").mkdir()
+    pq.write_table(scores_with_layers(["book"] * 5, rows), tmp_path / "scores" / "a.parquet")
+    rule = ScoreRule((Term("cds_layers", 1.0, each=True),), "zscore")
+    with choose(tmp_path / "scores", rule, keep=1.0) as choice:
+        assert (choice.windows, choice.failed) == (2, 3)
+        assert choice.groups[0].columns["cds_layers"].mean == pytest.approx(1.75)
+        assert [window.columns["cds_layers"] for window in choice.ranked("book", 1, 2)] == [1.5, 2.0]
+
+
+@pytest.mark.parametrize("rows", [[None, None], [[], []]], ids=["all-failed", "no-layers"])
+def test_a_group_without_a_layer_keeps_nothing(tmp_path: Path, rows: list[list[float | None] | None]) -> None:
+    (tmp_path / "scores").mkdir()
+    pq.write_table(scores_with_layers(["book"] * 2, rows), tmp_path / "scores" / "a.parquet")
+    with choose(tmp_path / "scores", ScoreRule((Term("cds_layers", 1.0, each=True),), "zscore"), keep=1.0) as choice:
+        assert (choice.windows, choice.failed, choice.kept) == (0, 2, 0)
+
+
+def test_lists_of_several_lengths_are_refused() -> None:
+    scores = scores_with_layers(["book"] * 2, [[1.0, 2.0], [1.0, 2.0, 3.0]])
+    with pytest.raises(OutputError, match=r"have 2 to 3 numbers in cds_layers.*--layer-aggregation mean"):
+        select_table(scores, ScoreRule((Term("cds_layers", 1.0, each=True),), "zscore"), keep=1.0)
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,7 @@ def select(
     selection: SelectOptions,
     alpha: Annotated[float | None, typer.Option(help="longattn: another weight of uniformity.")] = None,
     normalize: Annotated[str | None, typer.Option(help="longattn: zscore or minmax.")] = None,
+    layer_aggregation: Annotated[str | None, typer.Option(help="ladm: mean or zscore.")] = None,
     config: Config = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -256,7 +257,8 @@ def select(
     """Keep the best windows of every group of a scored run; nothing is scored again."""
     from longsift import pipeline
 
-    _print(pipeline.select(out, selection, alpha=alpha, normalize=normalize), as_json)
+    result = pipeline.select(out, selection, alpha=alpha, normalize=normalize, layer_aggregation=layer_aggregation)
+    _print(result, as_json)
 
 
 @_command

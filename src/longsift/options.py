@@ -85,6 +85,10 @@ class ScoreOptions:
     alpha: float | None = _flag(None, "longattn: weight of uniformity. [default: 0.5]")
     normalize: str | None = _flag(None, "longattn: zscore or minmax, within groups. [default: zscore]")
     detail: bool | None = _flag(None, "longattn: also write the values of every head.", "--detail")
+    skip_sink: bool | None = _flag(None, "longattn: never count the first 128 tokens as far.", "--skip-sink")
+    layer_aggregation: str | None = _flag(
+        None, "ladm: mean of the layers, or mean of their zscore within groups. [default: mean]"
+    )
 
     def __post_init__(self) -> None:
         _check(self, "rope_theta", lambda value: 0 < value < math.inf, "a positive number")

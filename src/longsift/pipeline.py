@@ -211,11 +211,13 @@ def select(
     *,
     alpha: float | None = None,
     normalize: str | None = None,
+    layer_aggregation: str | None = None,
 ) -> dict[str, Any]:
     """Keep the best windows of every group and write them as a data set; nothing is scored again.
 
     Args:
         alpha, normalize: of longattn, in place of those that the run was scored with.
+        layer_aggregation: of ladm, likewise.
 
     Returns:
         Totals and a row for each group.
@@ -227,7 +229,8 @@ def select(
     from longsift.datasets import write_dataset
 
     folder = RunFolder(out)
-    identity = _selection_identity(options, alpha, normalize, folder.section("scores")["identity"])
+    changed = {"alpha": alpha, "normalize": normalize, "layer_aggregation": layer_aggregation}
+    identity = _selection_identity(options, changed, folder.section("scores")["identity"])
     folder.check_linked_windows()
     with folder.lock():
         with _choose(folder, identity) as choice:
@@ -266,15 +269,12 @@ def select(
     return result
 
 
-def _selection_identity(
-    options: SelectOptions, alpha: float | None, normalize: str | None, scored: dict[str, Any]
-) -> dict[str, Any]:
-    """What a selection depends on, as JSON values, from that of its scores."""
+def _selection_identity(options: SelectOptions, changed: dict[str, Any], scored: dict[str, Any]) -> dict[str, Any]:
+    """What a selection depends on, as JSON values, from that of its scores; `changed` parameters that are not None."""
     keep = options.keep if options.keep is not None or options.budget is not None else DEFAULT_KEEP
-    changed = {key: value for key, value in (("alpha", alpha), ("normalize", normalize)) if value is not None}
     return {
         "method": scored["method"],
-        "parameters": scored["parameters"] | changed,
+        "parameters": scored["parameters"] | {key: value for key, value in changed.items() if value is not None},
         "keep": keep,
         "budget": options.budget,
         "mix": parse_mix(options.mix),
@@ -394,7 +394,7 @@ def check_flags(
 
     identity = score_identity(model.model or "embedded", model.revision, scores, windows.window)
     if selection is not None:
-        asked = _selection_identity(selection, None, None, identity)
+        asked = _selection_identity(selection, {}, identity)
         check_request(asked["keep"], asked["budget"], asked["mix"])
 
 

@@ -12,53 +12,23 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longsift.errors import OutputError, UsageError
+from longsift.rules import ScoreRule as ScoreRule
+from longsift.rules import Term as Term
 from longsift.tables import SCORE_KEYS, parquet_files
 
 _MEMORY = "2GB"  # DuckDB's own limit; above it, sorts spill to disk
 _CHOSEN = pa.schema({"row": pa.int64(), "window_id": pa.string(), "score": pa.float64(), "rank": pa.int64()})
 _MIX_TOLERANCE = Fraction(1, 1_000_000)
-
-
-@dataclass(frozen=True)
-class Term:
-    """A column of the scores table and its weight in the score."""
-
-    column: str
-    weight: float
-
-
-@dataclass(frozen=True)
-class ScoreRule:
-    """How the columns become one score: Σ weight · N(column).
-
-    Args:
-        terms: the columns and their weights.
-        normalize: N, taken over the measured windows of a group: "zscore" with the population standard
-            deviation, "minmax" to [0, 1], or "none" for the raw value. A constant column gives 0 under the
-            first two.
-    """
-
-    terms: tuple[Term, ...]
-    normalize: Literal["zscore", "minmax", "none"]
-
-    def describe(self) -> str:
-        """The rule as a formula, such as "Z(dependency_strength) − 0.5·Z(variance)"."""
-        shapes = {"zscore": "Z({})", "minmax": "minmax({})", "none": "{}"}
-        formula = ""
-        for term in self.terms:
-            sign = " − " if term.weight < 0 else " + "
-            factor = "" if abs(term.weight) == 1 else f"{abs(term.weight):g}·"
-            formula += sign + factor + shapes[self.normalize].format(term.column)
-        return formula.removeprefix(" + ").strip()
 
 
 @dataclass(frozen=True)
@@ -81,7 +51,7 @@ class GroupChoice:
         kept, kept_tokens: kept windows and their tokens.
         best, worst: highest and lowest score; None when no window was measured.
         cut: score of the last kept window; None when none is kept.
-        columns: spread of every column of the rule; empty when no window was measured.
+        columns: spread of every column of the rule, of a list's mean for a list; empty when no window was measured.
     """
 
     group: str
@@ -288,7 +258,8 @@ def choose(
     Raises:
         UsageError: not exactly one of keep and budget; a value out of range; a mix that sums to more than 1,
             or names a group that the table does not have.
-        OutputError: the folder has no score files, or they lack a column of the rule.
+        OutputError: the folder has no score files, or they lack a column of the rule, or hold lists of several
+            lengths where it takes each element by itself.
     """
     check_request(keep, budget, mix)
     files = parquet_files(scores)
@@ -306,9 +277,10 @@ def choose(
         | ({} if threads is None else {"threads": str(threads)}),
     )
     try:
-        _load(database, files, names)
-        _summarise(database, len(names))
-        _rank(database, rule)
+        elements = _elements(database, files, rule)
+        _load(database, files, rule, elements)
+        _summarise(database, len(names), elements)
+        _rank(database, rule, elements)
         quotas = _decide(database, keep, budget, mix)
         return Choice(
             rule=rule,
@@ -381,10 +353,37 @@ def _check_table(scores: Path, files: Sequence[Path], names: Sequence[str]) -> N
         )
 
 
-def _load(database: Any, files: Sequence[Path], names: Sequence[str]) -> None:
-    """Table `scored`: one row a window, its measures as c0, c1, …"""
-    measures = [f"{_name(name)}::DOUBLE AS c{i}" for i, name in enumerate(names)]
-    usable = " AND ".join(["status = 'ok'", *(f"isfinite({_name(name)}::DOUBLE)" for name in names)])
+def _elements(database: Any, files: Sequence[Path], rule: ScoreRule) -> dict[int, list[str]]:
+    """Columns for the elements of each list that is taken by element, by the term's place in the rule."""
+    elements = {}
+    for i, term in enumerate(rule.terms):
+        if term.each:
+            column = _name(term.column)
+            fewest, most = database.execute(
+                f"SELECT min(len({column})), max(len({column})) FROM read_parquet(?) WHERE status = 'ok'",
+                [[str(path) for path in files]],
+            ).fetchone()
+            if fewest != most:
+                raise OutputError(
+                    f"The windows have {fewest} to {most} numbers in {term.column}, which are compared one by one and "
+                    "must be as many in all. In a short window more layers see far: score with --layers that do so in "
+                    "every window, or select with --layer-aggregation mean."
+                )
+            elements[i] = [f"c{i}_{j}" for j in range(most or 0)]
+    return elements
+
+
+def _load(database: Any, files: Sequence[Path], rule: ScoreRule, elements: Mapping[int, Sequence[str]]) -> None:
+    """Table `scored`: one row a window, its measures as c0, c1, …; a list's elements as c0_0, c0_1, …"""
+    values = {}
+    for i, term in enumerate(rule.terms):
+        if term.each:
+            values[f"c{i}"] = f"list_avg({_name(term.column)})"
+            values |= {part: f"{_name(term.column)}[{j + 1}]" for j, part in enumerate(elements[i])}
+        else:
+            values[f"c{i}"] = _name(term.column)
+    measures = [f"{value}::DOUBLE AS {column}" for column, value in values.items()]
+    usable = " AND ".join(["status = 'ok'", *(f"isfinite({value}::DOUBLE)" for value in values.values())])
     paths = [str(path) for path in files]
     database.execute(
         f"""CREATE TABLE scored AS
@@ -397,12 +396,12 @@ def _load(database: Any, files: Sequence[Path], names: Sequence[str]) -> None:
     )
 
 
-def _summarise(database: Any, columns: int) -> None:
-    """Table `summary`: one row a group."""
+def _summarise(database: Any, terms: int, elements: Mapping[int, Sequence[str]]) -> None:
+    """Table `summary`: one row a group, with the spread of the terms' columns first."""
     spreads = "".join(
-        f""", favg(c{i}) FILTER (ok) AS mean{i}, stddev_pop(c{i}) FILTER (ok) AS std{i},
-              min(c{i}) FILTER (ok) AS min{i}, max(c{i}) FILTER (ok) AS max{i}"""
-        for i in range(columns)
+        f""", favg({c}) FILTER (ok) AS mean_{c}, stddev_pop({c}) FILTER (ok) AS std_{c},
+              min({c}) FILTER (ok) AS min_{c}, max({c}) FILTER (ok) AS max_{c}"""
+        for c in (*(f"c{i}" for i in range(terms)), *chain.from_iterable(elements.values()))
     )
     # A sum of floats depends on the order of its terms, and so on how threads share the rows. One thread
     # reads the table in the order of shard and row, and gives the same means on every run.
@@ -418,28 +417,36 @@ def _summarise(database: Any, columns: int) -> None:
     database.execute(f"SET threads = {threads}")
 
 
-def _rank(database: Any, rule: ScoreRule) -> None:
+def _rank(database: Any, rule: ScoreRule, elements: Mapping[int, Sequence[str]]) -> None:
     """Table `ranked`: every measured window with its score and rank."""
     score = " + ".join(
-        f"{float(term.weight)!r}::DOUBLE * {_normalized(i, rule.normalize)}" for i, term in enumerate(rule.terms)
+        f"{float(term.weight)!r}::DOUBLE * {_value(elements.get(i, [f'c{i}']), rule.normalize)}"
+        for i, term in enumerate(rule.terms)
     )
+    parts = "".join(f", {part}" for part in chain.from_iterable(elements.values()))
     database.execute(
         f"""CREATE TABLE ranked AS
             SELECT *, row_number() OVER (
                           PARTITION BY "group" ORDER BY score DESC, window_id, shard, row) AS rank
-            FROM (SELECT scored.* EXCLUDE (ok), {score} AS score FROM scored JOIN summary USING ("group")
+            FROM (SELECT scored.* EXCLUDE (ok{parts}), {score} AS score FROM scored JOIN summary USING ("group")
                   WHERE ok)"""
     )
     database.execute("DROP TABLE scored")
 
 
-def _normalized(i: int, normalize: str) -> str:
+def _value(columns: Sequence[str], normalize: str) -> str:
+    """The mean of the normalised columns; of none, which is so when no window was measured, nothing."""
+    total = " + ".join(_normalized(column, normalize) for column in columns)
+    return f"(({total}) / {len(columns)})" if columns else "NULL::DOUBLE"
+
+
+def _normalized(c: str, normalize: str) -> str:
     if normalize == "none":
-        return f"c{i}"
+        return c
     if normalize == "minmax":
-        return f"(CASE WHEN max{i} > min{i} THEN (c{i} - min{i}) / (max{i} - min{i}) ELSE 0 END)"
+        return f"(CASE WHEN max_{c} > min_{c} THEN ({c} - min_{c}) / (max_{c} - min_{c}) ELSE 0 END)"
     # The range decides what is constant: rounding can leave a constant column a deviation of its own.
-    return f"(CASE WHEN max{i} > min{i} AND std{i} > 0 THEN (c{i} - mean{i}) / std{i} ELSE 0 END)"
+    return f"(CASE WHEN max_{c} > min_{c} AND std_{c} > 0 THEN ({c} - mean_{c}) / std_{c} ELSE 0 END)"
 
 
 def _decide(

@@ -10,6 +10,7 @@ from longsift.calculators import LayerAttention
 from longsift.errors import UsageError
 from longsift.methods import build_method
 from longsift.methods.ladm import Ladm
+from longsift.selection import ScoreRule, Term
 
 
 class OneLayer:
@@ -81,10 +82,18 @@ def test_the_shortest_window_is_the_first_with_a_query_span(method):
         ({"span": 0}, "at least 1"),
         ({"ablation": "no-such"}, "--ablation takes"),
         ({"denominator": "future"}, "--denominator takes"),
+        ({"layer_aggregation": "median"}, "--layer-aggregation takes mean or zscore"),
         ({"alpha": 0.5}, "--alpha does not apply to the method 'ladm'"),
+        ({"skip_sink": True}, "--skip-sink does not apply .* The first span, the sink, is never a key span there"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_parameter_that_cannot_work_is_refused(parameters, message):
     with pytest.raises(UsageError, match=message):
         build_method("ladm", **parameters)
+
+
+def test_layers_are_averaged_as_published_unless_asked_otherwise():
+    assert Ladm().rule() == ScoreRule((Term("cds", 1.0),), "none")
+    standardised = ScoreRule((Term("cds_layers", 1.0, each=True),), "zscore")
+    assert Ladm(layer_aggregation="zscore").rule() == standardised

@@ -29,6 +29,9 @@ class Ladm:
         denominator: what a query attends to: "prior" (published code) all tokens before its span, "causal"
             (the paper's text) these and its own span up to itself.
         dense: measure every pair of spans, `d_afs = d_cds = 1`.
+        layer_aggregation: how the layers become one score: "mean" (the paper's) of their CDS, in which the layers
+            of the largest CDS, often the first, outweigh the others; "zscore" the mean of the z-score that each
+            layer has within the window's group. Decided at selection, from `cds_layers`.
     """
 
     span: int = 128
@@ -37,6 +40,7 @@ class Ladm:
     ablation: Literal["none", "no-std", "no-len-weight"] = "none"
     denominator: Literal["prior", "causal"] = "prior"
     dense: bool = False
+    layer_aggregation: Literal["mean", "zscore"] = "mean"
 
     name: ClassVar[str] = "ladm"
     calculator: ClassVar[Literal["full"]] = "full"
@@ -45,11 +49,15 @@ class Ladm:
         "for LLMs. ACL 2025. arXiv:2503.02502"
     )
 
+    needless: ClassVar[dict[str, str]] = {"skip_sink": "The first span, the sink, is never a key span there."}
+
     def __post_init__(self) -> None:
         if self.ablation not in ("none", "no-std", "no-len-weight"):
             raise UsageError(f"--ablation takes none, no-std or no-len-weight, not '{self.ablation}'.")
         if self.denominator not in ("prior", "causal"):
             raise UsageError(f"--denominator takes prior or causal, not '{self.denominator}'.")
+        if self.layer_aggregation not in ("mean", "zscore"):
+            raise UsageError(f"--layer-aggregation takes mean or zscore, not '{self.layer_aggregation}'.")
         if min(self.span, self.d_afs, self.d_cds) < 1:
             raise UsageError("--span, --d-afs and --d-cds are at least 1.")
         if self.dense:
@@ -128,4 +136,6 @@ class Ladm:
         return dependencies.mean().item()
 
     def rule(self) -> ScoreRule:
+        if self.layer_aggregation == "zscore":
+            return ScoreRule(terms=(Term("cds_layers", 1.0, each=True),), normalize="zscore")
         return ScoreRule(terms=(Term("cds", 1.0),), normalize="none")
