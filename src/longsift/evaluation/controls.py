@@ -253,8 +253,8 @@ def build_controls(
         per_kind: windows of each degenerate kind.
 
     Returns:
-        The controls, ordered by kind. Where a group has no more documents in a fold than a window has segments, a
-        mixed window is made of fewer, longer runs of segments, so that no document comes back over a distance.
+        The controls, ordered by kind. Where a group has fewer documents in a fold than a window has segments, a
+        document comes back in a mixed window, but not before the others had their turn.
 
     Raises:
         UsageError: no such kind; a window shorter than two segments; a group with fewer than two documents in a fold.
@@ -319,17 +319,21 @@ def _paired(
 def _mixed(bodies: list[Ids], most: int, segment: int, chance: Random) -> Iterator[tuple[int, Ids]]:
     """Segment p of control i is from window i + shift(p).
 
-    Shifts that differ by `most` or more, around the circle, lead to different documents. With fewer of them than
-    segments neighbouring segments share one, so that no document comes back over a distance.
+    Shifts that differ by `most` or more, around the circle, lead to different documents; all are used before one comes
+    back, and none follows itself.
     """
     n, starts = len(bodies), range(0, len(bodies[0]), segment)
     shifts = list(range(most, n - most + 1, most))
     if len(shifts) < 3:  # so few documents that some segments must stay
         shifts.append(0)
-    chance.shuffle(shifts)
-    runs = min(len(shifts), len(starts))
+    order: list[int] = []
+    while len(order) < len(starts):
+        again = chance.sample(shifts, len(shifts))
+        if order and len(again) > 1 and again[0] == order[-1]:
+            again.append(again.pop(0))
+        order += again
     for i in range(n):
-        sources = [(i + shifts[p * runs // len(starts)]) % n for p in range(len(starts))]
+        sources = [(i + order[p]) % n for p in range(len(starts))]
         yield sources[0], np.concatenate([bodies[j][at : at + segment] for j, at in zip(sources, starts, strict=True)])
 
 
