@@ -157,3 +157,36 @@ class MeterOptions:
     def __post_init__(self) -> None:
         _check(self, "rope_theta", lambda value: 0 < value < math.inf, "a positive number")
         _check(self, "span", lambda value: value >= 1, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleOptions:
+    """Asking a language model for keys hidden in long texts."""
+
+    lengths: str = _flag("2048,8192", "Needle: lengths in tokens.")
+    depths: str = _flag("0,0.25,0.5,0.75,1", "Needle: depths of the key, from 0 (first) to 1 (last).")
+    trials: int = _flag(10, "Needle: questions for each length and depth.")
+    keys: int = _flag(4, "Needle: keys in the text when several are hidden.")
+    candidates: int = _flag(100, "Needle: keys among which the true one should be the likeliest.")
+
+    def __post_init__(self) -> None:
+        _check(self, "trials", lambda value: value >= 1, "at least 1")
+        _check(self, "keys", lambda value: 2 <= value <= 16, "from 2 to 16")
+        _check(self, "candidates", lambda value: 2 <= value <= 1000, "from 2 to 1000")
+        _check(
+            self,
+            "lengths",
+            lambda _: self._within("lengths", int, 1, math.inf),
+            "a list of numbers of tokens: 2048,8192",
+        )
+        _check(self, "depths", lambda _: self._within("depths", float, 0, 1), "a list of numbers from 0 to 1: 0,0.5,1")
+
+    def _within(self, option: str, kind: Callable[[str], Any], lowest: float, highest: float) -> bool:
+        try:
+            return all(lowest <= value <= highest for value in self.numbers(option, kind))
+        except ValueError:
+            return False
+
+    def numbers(self, option: str, kind: Callable[[str], Any]) -> list[Any]:
+        """The numbers in a list such as `lengths` or `depths`."""
+        return [kind(part) for part in getattr(self, option).split(",")]
