@@ -33,6 +33,7 @@ import numpy.typing as npt
 from longsift.documents import BadRow, Document, ReadOptions, find_sources, read_documents
 from longsift.errors import InputError, UsageError
 from longsift.evaluation import degenerate
+from longsift.options import ControlOptions
 from longsift.windows import WindowTokenizer, sample_key
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,25 @@ def draw_coherent(
             "Give longer documents or a shorter --window."
         )
     return samples
+
+
+def draw(
+    inputs: Sequence[str], tokenizer: WindowTokenizer, length: int, options: ControlOptions, folds: int = 1
+) -> list[Sample]:
+    """`draw_coherent` as the command line's options say."""
+    return draw_coherent(
+        inputs,
+        tokenizer,
+        length,
+        per_group=options.per_group,
+        per_document=options.per_document,
+        folds=folds,
+        seed=options.seed,
+        options=ReadOptions(text_key=options.text_key, id_key=options.id_key, group_by=options.group_by),
+        groups=options.names("groups"),
+        control_groups=options.names("control_groups") or (),
+        limit=options.limit,
+    )
 
 
 def fold_of(doc_id: str, folds: int) -> int:

@@ -28,9 +28,8 @@ from longsift.calculators import LayerAttention
 from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel
 from longsift.cutting import load_tokenizer
-from longsift.documents import ReadOptions
 from longsift.errors import ModelError, OutputError, UsageError
-from longsift.evaluation.controls import Sample, build_controls, draw_coherent
+from longsift.evaluation.controls import Sample, build_controls, draw
 from longsift.methods.calibrated import STATISTICS, head_statistics
 from longsift.methods.ladm import Ladm
 from longsift.methods.longattn import far_distance
@@ -195,19 +194,7 @@ def draw_samples(inputs: Sequence[str], model: ModelOptions, options: ControlOpt
         InputError, UsageError: as `draw_coherent` and `build_controls`.
     """
     tokenizer = load_tokenizer(model.model or "embedded", model.revision, model.trust_remote_code)
-    drawn = draw_coherent(
-        inputs,
-        tokenizer,
-        options.window,
-        per_group=options.per_group,
-        per_document=options.per_document,
-        folds=folds,
-        seed=options.seed,
-        options=ReadOptions(text_key=options.text_key, id_key=options.id_key, group_by=options.group_by),
-        groups=options.names("groups"),
-        control_groups=options.names("control_groups") or (),
-        limit=options.limit,
-    )
+    drawn = draw(inputs, tokenizer, options.window, options, folds)
     controls = build_controls(
         drawn,
         kinds=options.names("kinds") or (),
