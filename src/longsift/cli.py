@@ -21,7 +21,15 @@ import typer
 
 from longsift import __version__
 from longsift.errors import LongsiftError, UsageError
-from longsift.options import ModelOptions, ScoreOptions, SelectOptions, WindowOptions
+from longsift.options import (
+    ControlOptions,
+    MeterOptions,
+    ModelOptions,
+    NeedleOptions,
+    ScoreOptions,
+    SelectOptions,
+    WindowOptions,
+)
 from longsift.training.options import TrainOptions
 
 app = typer.Typer(
@@ -291,6 +299,54 @@ def train_calculator(
     result = calculator.train_calculator(inputs, out, training, overwrite=overwrite, quiet=quiet)
     if result is not None:  # the first process speaks for all
         _print(result, as_json)
+
+
+@_command
+def evaluate(
+    *,
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the measures and results.", show_default=False)],
+    model: ModelOptions,
+    control: ControlOptions,
+    meter: MeterOptions,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="File of `longsift calibrate`. Default: that of the embedded calculator."),
+    ] = None,
+    needle: Annotated[bool, typer.Option("--needle", help="Instead: ask the model for keys hidden in text.")] = False,
+    needles: NeedleOptions,
+    perplexity: Annotated[bool, typer.Option("--perplexity", help="Instead: loss of the model by position.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away measures of another model.")] = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Say which scores, layers and heads of a calculator tell real documents from controls made of them."""
+    from longsift.evaluation import evaluate as evaluation
+    from longsift.shards import write_json
+
+    if dry_run:
+        _print(evaluation.estimate(inputs, model, control, meter), as_json)
+        return
+    if needle or perplexity:
+        from longsift.evaluation.needle import needle_test
+        from longsift.evaluation.perplexity import perplexity as loss_by_position
+
+        result: dict[str, Any] = {}
+        if needle:
+            result |= needle_test(inputs, model, control, meter, needles, quiet=quiet)
+            write_json(out / "needle.json", result)
+        if perplexity:
+            result |= loss_by_position(inputs, model, control, meter, quiet=quiet)
+            write_json(out / "perplexity.json", result)
+        _print(result, as_json)
+        return
+    result = evaluation.evaluate(
+        inputs, out, model, control, meter, calibration=calibration, overwrite=overwrite, quiet=quiet
+    )
+    _print(result if as_json else evaluation.summary(result) | {"page": str(out / "evaluation.html")}, as_json)
 
 
 @_command
