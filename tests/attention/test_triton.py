@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 pytestmark = [
     # What NumPy says of infinities and NaN in the interpreter is what the kernels mean to do with them.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning"),
     *([pytest.mark.gpu] if ON_GPU else []),
 ]
 
@@ -50,7 +51,7 @@ DTYPES = [
 @pytest.fixture(autouse=True)
 def _new_memory_holds_nan() -> Iterator[None]:
     """So that an entry that no program writes is seen."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the filling is what is wanted of it
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
