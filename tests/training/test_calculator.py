@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import transformers
+import typer.main
 import yaml
 from safetensors.torch import load_file
 
 from checkpoints import make_checkpoint
 from conftest import library_text
 from longsift.calculators.interface import rope_of
+from longsift.cli import app
 from longsift.errors import InputError, ModelError, OutputError, UsageError
 from longsift.scoring import Scorer
 from longsift.training import calculator
@@ -365,6 +368,24 @@ def test_options_that_cannot_work_are_refused(flags, message):
 def test_a_batch_smaller_than_a_pass_is_refused(model, corpus, tmp_path):
     with pytest.raises(UsageError, match="--batch-tokens 128 is less than one pass of all devices, 256"):
         train_calculator([str(corpus)], tmp_path / "out", options(model, batch_tokens=100 + 28), quiet=True)
+
+
+def test_the_documented_commands_exist_with_their_flags():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text().replace("\\\n", " ")
+    shown = [
+        line.partition("longsift ")[2].split() for line in text.splitlines() if re.match("(longsift|torchrun) ", line)
+    ]
+    assert [name for name, *_ in shown] == ["train-calculator", "score", "train-calculator"]
+    commands = typer.main.get_command(app).commands
+    for name, *arguments in shown:
+        known = {flag for parameter in commands[name].params for flag in parameter.opts}
+        assert {argument for argument in arguments if argument.startswith("-")} <= known
+
+
+def test_the_defaults_are_the_papers_recipe(corpus):
+    given = TrainOptions(model="embedded")
+    assert (given.window, given.batch_tokens, given.beta2) == (32_768, 1 << 20, 0.999)
+    assert calculator.Plan(given, [str(corpus)]).rate == 2e-5
 
 
 def test_help_imports_no_torch():

@@ -14,8 +14,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,13 @@ def train_calculator(
     with ExitStack() as held:
         processes = held.enter_context(joined(device))
         quiet = quiet or not processes.first
-        done = None
-        if processes.first:
+
+        def begin() -> dict[str, Any] | None:
             _check_folder(run.path, overwrite)
             held.enter_context(run.lock())
-            done = _begin(run.path, plan.identity, overwrite)
-        done = processes.told(done)
+            return _begin(run.path, plan.identity, overwrite)
+
+        done = processes.led(begin)
         if done is None:
             data = Path(options.data) if options.data is not None else run.path / "data"
             windows = plan.pack(inputs, data / "train", processes, quiet)
@@ -219,7 +220,8 @@ class Plan:
     def pack(self, inputs: Sequence[str], folder: Path, processes: Processes, quiet: bool) -> PackedWindows:
         """The windows of documents: made by the first process, waited for by the others."""
         identity = self._data_identity(inputs)
-        if processes.first:
+
+        def make() -> None:
             pack(
                 find_sources(inputs),
                 folder,
@@ -230,7 +232,8 @@ class Plan:
                 identity=identity,
                 quiet=quiet,
             )
-        processes.told(None)
+
+        processes.led(make)
         packed = find_packed(folder, identity)
         if packed is None:
             raise OutputError(f"{folder} was not found by every process: OUT and --data must be on a shared disk.")
@@ -400,7 +403,7 @@ def _train(
         # Called here, since the Trainer's argument has another name in each version, as has this.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    with hushed(), _info_to_stderr():
+    with hushed(), redirect_stdout(sys.stderr):  # stdout is for results, whatever a library prints
         arguments = _arguments(plan, out, steps, device, validation is not None)
         checkpoint = last_checkpoint(out / "checkpoints")
         before = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -446,16 +449,6 @@ def _train(
         _save(plan, model, out, plan.dtype(device))
         write_card(out, plan, result, windows.counts, history, tokens)
     return result
-
-
-@contextmanager
-def _info_to_stderr() -> Iterator[None]:
-    """Keep stdout for results, whatever a library prints."""
-    out, sys.stdout = sys.stdout, sys.stderr
-    try:
-        yield
-    finally:
-        sys.stdout = out
 
 
 def _validated(history: Sequence[dict[str, Any]]) -> dict[str, Any]:

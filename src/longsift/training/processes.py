@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
+
+from longsift.errors import LongsiftError
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=7)  # of those that wait while the first process tokenises
@@ -33,13 +35,29 @@ class Processes:
     first: bool
     group: Any = None
 
-    def told(self, value: T) -> T:
-        """What the first process has, in every process; waits until it has it."""
+    def led(self, work: Callable[[], T]) -> T:
+        """Do `work` in the first process alone; every process waits for it and has what it gave.
+
+        Raises:
+            LongsiftError: in the first process, as `work` raised it.
+            SystemExit: in the others then, which have nothing to add.
+        """
         if self.group is None:
-            return value
-        values = [value]
-        torch.distributed.broadcast_object_list(values, src=0, group=self.group)
-        return values[0]
+            return work()
+        told: list[Any] = [None, 0]  # what it gave, exit code
+        failure: LongsiftError | None = None
+        if self.first:
+            try:
+                told[0] = work()
+            except LongsiftError as error:
+                failure, told[1] = error, error.exit_code
+        torch.distributed.broadcast_object_list(told, src=0, group=self.group)
+        if failure is not None:
+            raise failure
+        if told[1]:
+            raise SystemExit(told[1])
+        given: T = told[0]
+        return given
 
 
 @contextmanager
