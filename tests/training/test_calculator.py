@@ -169,6 +169,19 @@ def test_another_run_in_the_folder_is_refused(trained, model, corpus):
         train_calculator([str(corpus)], trained[0], options(model, rate=5e-4), quiet=True)
 
 
+def test_the_model_that_is_continued_is_not_overwritten(trained, corpus):
+    before = (trained[0] / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(UsageError, match="Choose another output folder"):
+        train_calculator([str(corpus)], trained[0], options(trained[0]), overwrite=True, quiet=True)
+    assert (trained[0] / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_kernel_that_cannot_be_had_is_refused_before_any_work(model, corpus, tmp_path):
+    with pytest.raises(UsageError, match="--attention flex needs a CUDA device"):
+        train_calculator([str(corpus)], tmp_path / "out", options(model, attention="flex"), quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_files_in_the_folder_are_refused(model, corpus, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(OutputError, match=r"thesis\.tex"):

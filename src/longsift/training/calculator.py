@@ -77,7 +77,10 @@ def train_calculator(
     check_extra()
     device = choose_device(options)
     plan = Plan(options, inputs)
+    attention = plan.attention(device)
     run = RunFolder(out)
+    if options.model is not None and Path(options.model).resolve() == run.path.resolve():
+        raise UsageError(f"-o {out} is the model that is to be continued. Choose another output folder.")
     with ExitStack() as held:
         processes = held.enter_context(joined(device))
         quiet = quiet or not processes.first
@@ -89,16 +92,18 @@ def train_calculator(
 
         done = processes.led(begin)
         if done is None:
+            model = plan.build()  # first, since it may fail, and tokenising may take hours
             data = Path(options.data) if options.data is not None else run.path / "data"
             windows = plan.pack(inputs, data / "train", processes, quiet)
             validation = None
             if options.validation is not None:
                 validation = plan.pack([options.validation], data / "validation", processes, quiet)
-            done = _train(plan, run.path, windows, validation, device, quiet)
+            done = _train(plan, run.path, model, attention, windows, validation, device, quiet)
             if processes.first:
                 write_json(run.path / RECORD, {"longsift": __version__, "identity": plan.identity, "result": done})
                 _remove(run.path / "checkpoints")
-                _remove(run.path / "data")
+                if options.data is None:
+                    _remove(data)
         return done if processes.first else None
 
 
@@ -109,6 +114,11 @@ def check_extra() -> None:
 
 
 def choose_device(options: TrainOptions) -> torch.device:
+    """The device of this process: the GPU that its launcher means it to have, the first one, or the CPU.
+
+    Raises:
+        UsageError: a GPU is asked for and there is none.
+    """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: this machine has no GPU that PyTorch can use.")
     if options.device == "cpu" or not torch.cuda.is_available():
@@ -261,6 +271,17 @@ class Plan:
         has = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has else torch.float32
 
+    def attention(self, device: torch.device) -> str:
+        """The name of the attention to train with, as transformers knows it.
+
+        Raises:
+            UsageError: this device or this model cannot have the one that is asked for.
+        """
+        from longsift.training.packed_attention import choose_attention
+
+        options = self.options
+        return choose_attention(options.attention, device, self.config, options.window, options.device_batch)
+
     def build(self) -> Any:
         """The model to train, in float32 on the CPU.
 
@@ -378,6 +399,8 @@ def _arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
@@ -388,16 +411,20 @@ def _arguments(
 
 
 def _train(
-    plan: Plan, out: Path, windows: PackedWindows, validation: PackedWindows | None, device: torch.device, quiet: bool
+    plan: Plan,
+    out: Path,
+    model: Any,
+    attention: str,
+    windows: PackedWindows,
+    validation: PackedWindows | None,
+    device: torch.device,
+    quiet: bool,
 ) -> dict[str, Any]:
     from longsift.training.card import write_card
     from longsift.training.hf_trainer import CalculatorTrainer, Reporter, TrainingProgress, last_checkpoint
-    from longsift.training.packed_attention import choose_attention
 
     options = plan.options
     steps = plan.steps(len(windows))
-    model = plan.build()
-    attention = choose_attention(options.attention, device, plan.config, options.window, options.device_batch)
     model.set_attn_implementation(attention)
     if options.activation_checkpointing:
         # Called here, since the Trainer's argument has another name in each version, as has this.

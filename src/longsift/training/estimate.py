@@ -38,6 +38,7 @@ def estimate_training(inputs: Sequence[str], options: TrainOptions) -> dict[str,
     check_extra()
     device = choose_device(options)
     plan = Plan(options, inputs)
+    plan.attention(device)  # refuses what this device cannot have
     sources = find_sources(inputs)
     looked_at = sources[:: -(-len(sources) // _SOURCES)]
     read = 0

@@ -37,7 +37,7 @@ class CalculatorTrainer(Trainer):  # type: ignore[misc]  # the library has no ty
 
     Args:
         validation: windows to measure; None for none.
-        validation_windows: how many of them at most, drawn by the seed.
+        validation_windows: how many of them at most, the same ones each time.
     """
 
     control: Any

@@ -26,11 +26,16 @@ _MAP_TOKENS = 8192  # windows up to these tokens can be masked by a map without 
 
 
 def _flex(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **others: Any
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     # Under autocast, norms of queries and keys give float32 and the values' projection bfloat16.
     result: tuple[torch.Tensor, torch.Tensor | None] = flex_attention_forward(
-        module, query.to(value.dtype), key.to(value.dtype), value, mask, **others
+        module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **others
     )
     return result
 
