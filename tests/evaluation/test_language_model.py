@@ -21,8 +21,8 @@ from longsift.evaluation.perplexity import buckets, perplexity
 from longsift.options import ControlOptions, MeterOptions, ModelOptions, NeedleOptions
 
 CPU = MeterOptions(device="cpu")
-# Full attention, sliding windows of 48 beside full layers, and a soft cap with sliding windows.
-FAMILIES = ("llama", "gemma3", "gemma2")
+# Full attention; sliding windows of 48 in all layers, beside full ones, and with a soft cap; layers without positions.
+FAMILIES = ("llama", "mistral-sliding", "gemma3", "gemma2", "smollm3")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -35,7 +35,6 @@ def both(request, tmp_path_factory):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(language_model, "CHUNK", 64)
-    monkeypatch.setattr(language_model, "_CACHE_BYTES", 300_000)  # a few candidates at a time
 
 
 def some_ids(*shape: int) -> torch.Tensor:

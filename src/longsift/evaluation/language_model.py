@@ -6,7 +6,6 @@ pairs of its tokens is ever held, and layers with a sliding window keep no more 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,6 @@ from longsift.options import MeterOptions, ModelOptions
 from longsift.scoring import resolve_device, resolve_dtype
 
 CHUNK = 1024  # tokens read at a time
-_CACHE_BYTES = 2 << 30  # of the copies of a cache that continuations need
 
 
 class LanguageModel:
@@ -42,6 +40,8 @@ class LanguageModel:
         config = read_config(location, trust_remote_code=model.trust_remote_code, rope_theta=options.rope_theta)
         local = location.downloaded()
         named = local.weights == SINGLE or local.weights.endswith(".json")
+        # Some versions of transformers leave a soft cap out of PyTorch's own attention without a word.
+        attention = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
         try:
             with quiet():
                 network, info = AutoModelForCausalLM.from_pretrained(
@@ -49,6 +49,7 @@ class LanguageModel:
                     state_dict=None if named else load_file(f"{local.folder}/{local.weights}"),
                     config=config,
                     dtype=choose_dtype(config, device, resolve_dtype(options.dtype)),
+                    attn_implementation=attention,
                     use_safetensors=True,
                     trust_remote_code=model.trust_remote_code,
                     output_loading_info=True,
@@ -63,6 +64,7 @@ class LanguageModel:
         self.name = location.name
         self.device = device
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._config = config
         self._vocab_size = int(config.vocab_size)
         self._network: nn.Module = network.to(device).eval().requires_grad_(False)
 
@@ -102,29 +104,43 @@ class LanguageModel:
         """
         ids = check_ids(context[None], self._vocab_size, self.device)
         candidates = check_ids(candidates, self._vocab_size, self.device)
+        n, size = candidates.shape
         with torch.inference_mode():
             for _, logits, cache in self._read(ids, all_logits=False):
                 first, past = logits[:, -1:], cache
-            parts = []
-            for some in torch.split(candidates, _copies(past)):
-                logits = first.expand(len(some), -1, -1)
-                if some.shape[1] > 1:
-                    own = copy.deepcopy(past)
-                    own.batch_repeat_interleave(len(some))
-                    places = torch.arange(ids.shape[1], ids.shape[1] + some.shape[1] - 1, device=self.device)
-                    rest = self._network(
-                        input_ids=some[:, :-1],
-                        past_key_values=own,
-                        position_ids=places.expand(len(some), -1),
-                        use_cache=True,
-                    ).logits
-                    logits = torch.cat([logits, rest], dim=1)
-                likely = logits.float().log_softmax(-1)
-                given = likely.gather(-1, some[..., None])[..., 0]
-                greedy = (likely.argmax(-1) == some).all(-1)
-                parts.append(torch.stack([given.sum(-1), greedy.float()]).cpu())
-        both = torch.cat(parts, dim=1)
-        return both[0], both[1] > 0
+            logits = first.expand(n, -1, -1)
+            if size > 1:
+                # All candidates but their last tokens one after another, each of which sees the context and its own.
+                places = ids.shape[1] + torch.arange(size - 1, device=self.device)
+                rest = self._network(
+                    input_ids=candidates[:, :-1].reshape(1, -1),
+                    past_key_values=past,
+                    position_ids=places.repeat(n)[None],
+                    attention_mask=self._side_by_side(past, n, size - 1, first.dtype),
+                    use_cache=True,
+                ).logits
+                logits = torch.cat([logits, rest.reshape(n, size - 1, -1)], dim=1)
+            likely = logits.float().log_softmax(-1)
+            given = likely.gather(-1, candidates[..., None])[..., 0].sum(-1)
+            greedy = (likely.argmax(-1) == candidates).all(-1)
+        return given.cpu(), greedy.cpu()
+
+    def _side_by_side(self, cache: Any, n: int, size: int, dtype: torch.dtype) -> Any:
+        """The mask of n runs of `size` tokens after a cached context: one, or one a type where layers differ."""
+        row = torch.arange(n * size, device=self.device)
+        own = (row[:, None] // size == row // size) & (row[:, None] >= row)
+        kinds = getattr(self._config, "layer_types", None) or ["full_attention"] * len(cache.layers)
+        masks: dict[str, torch.Tensor] = {}
+        for kind, layer in zip(kinds, cache.layers, strict=True):
+            if kind in masks:
+                continue
+            kept = layer.keys.shape[2]  # the last tokens of the context
+            window = layer.sliding_window if layer.is_sliding else None
+            gap = row[:, None] % size + torch.arange(kept, 0, -1, device=self.device)
+            seen = torch.cat([gap < (window or kept + size + 1), own], dim=1)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=self.device)
+            masks[kind] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+        return masks if len(masks) > 1 else masks[kinds[0]]
 
     def _read(self, ids: torch.Tensor, *, all_logits: bool) -> Iterator[tuple[int, torch.Tensor, Any]]:
         """Read (1, length) ids chunk by chunk: each chunk's start, its logits (or its last one's), and the cache."""
@@ -141,14 +157,3 @@ class LanguageModel:
             )
             past = out.past_key_values
             yield start, out.logits, past
-
-
-def _copies(cache: Any) -> int:
-    """How many copies of a cache fit into `_CACHE_BYTES`, at least one."""
-    size = sum(
-        tensor.numel() * tensor.element_size()
-        for layer in cache.layers
-        for tensor in (layer.keys, layer.values)
-        if tensor is not None
-    )
-    return max(1, _CACHE_BYTES // max(int(size), 1))
