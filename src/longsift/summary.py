@@ -34,8 +34,9 @@ def _is_nested(value: Any) -> bool:
 
 def _table(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=True, header_style="dim")
-    for key, value in rows[0].items():
-        table.add_column(_words(key), justify="left" if isinstance(value, str) else "right")
+    for number, (key, value) in enumerate(rows[0].items()):
+        # The first column says what a row is of: where a table is too wide, the others are wrapped.
+        table.add_column(_words(key), justify="left" if isinstance(value, str) else "right", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(_value(value) for value in row.values()))
     console.print(table)
