@@ -143,6 +143,20 @@ class TestFolder:
         again = measure_samples(samples(2), other, tmp_path, quiet=True, overwrite=True)
         assert len(again) == len(read_signals(tmp_path)) == 2
 
+    def test_of_a_model_that_was_trained_on_is_refused(self, tmp_path):
+        model = ModelOptions(model=str(make_checkpoint(tmp_path / "model", "llama")))
+        measure_samples(samples(1), Meter(model, OPTIONS), tmp_path / "out", quiet=True)
+        make_checkpoint(tmp_path / "model", "llama", initializer_range=0.3)
+        with pytest.raises(OutputError, match="another model, length or span"):
+            measure_samples(samples(1), Meter(model, OPTIONS), tmp_path / "out", quiet=True)
+
+    def test_with_a_damaged_record_is_refused_until_overwritten(self, meter, tmp_path):
+        measure_samples(samples(1), meter, tmp_path, quiet=True)
+        (tmp_path / "signals.json").write_text("{")
+        with pytest.raises(OutputError, match="Start again with --overwrite"):
+            measure_samples(samples(1), meter, tmp_path, quiet=True)
+        assert len(measure_samples(samples(1), meter, tmp_path, quiet=True, overwrite=True)) == 1
+
     def test_that_is_empty_is_no_signals(self, tmp_path):
         with pytest.raises(OutputError, match="holds no measures"):
             read_signals(tmp_path)

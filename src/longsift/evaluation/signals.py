@@ -25,6 +25,7 @@ import torch
 
 from longsift.attention import far_statistics, span_focus
 from longsift.calculators import LayerAttention
+from longsift.calculators.checkpoint import Checkpoint, locate
 from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel
 from longsift.cutting import load_tokenizer
@@ -93,6 +94,8 @@ class Meter:
         self.span = options.span
         self._published = Ladm(span=options.span)
         self._dense = Ladm(span=options.span, dense=True, denominator="causal")
+        # A model that was trained on in the same folder is another one.
+        self._fingerprint = Checkpoint(locate(model.model or "embedded", model.revision)).fingerprint()
         load = FirstLayer.load if self.methods == ("longattn",) else FullModel.load
         self.calculator: FirstLayer | FullModel = load(
             model.model or "embedded",
@@ -151,7 +154,13 @@ class Meter:
         """Everything that measures of windows of `length` tokens depend on."""
         about = self.calculator.describe()
         about.pop("bytes_read", None)
-        return {"calculator": about, "methods": list(self.methods), "span": self.span, "length": length}
+        return {
+            "calculator": about,
+            "fingerprint": self._fingerprint,
+            "methods": list(self.methods),
+            "span": self.span,
+            "length": length,
+        }
 
     def _reduce(self, layer: LayerAttention) -> dict[str, torch.Tensor]:
         """What is kept of one layer; tensors stay on the device, so that no layer waits for the one before."""
@@ -284,13 +293,17 @@ def read_signals(out: Path | str, keys: Sequence[str] | None = None) -> Signals:
 def _begin(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
     identity = json.loads(json.dumps({**identity, "statistics": list(STATISTICS)}))
     path = folder / "signals.json"
-    parts = folder / "signals"
-    if path.is_file() and json.loads(path.read_text("utf-8")) != identity:
-        if not overwrite:
+    if path.is_file() and not overwrite:
+        try:
+            same = json.loads(path.read_text("utf-8")) == identity
+        except ValueError as error:
+            raise OutputError(f"{path} is damaged ({error}). Start again with --overwrite.") from error
+        if not same:
             raise OutputError(
                 f"{folder} holds measures of another model, length or span. Choose another folder, or --overwrite."
             )
-        for part in parquet_files(parts):
+    if overwrite:
+        for part in parquet_files(folder / "signals"):
             part.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, identity)
