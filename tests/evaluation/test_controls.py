@@ -128,6 +128,18 @@ class TestPairedKinds:
         with pytest.raises(UsageError, match="one document in fold 0"):
             build_controls(coherent(1), kinds=[kind], segment=SEGMENT)
 
+    def test_of_a_document_that_outweighs_the_others_cannot_be_made(self, kind):
+        with pytest.raises(UsageError, match="more than half of the windows"):
+            build_controls([*coherent(1, per_document=3), *coherent(3)[1:]], kinds=[kind], segment=SEGMENT)
+
+    @pytest.mark.parametrize("counts", [(2, 1, 1), (3, 1, 2), (4, 4, 1, 1)], ids=str)
+    def test_never_joins_two_windows_of_a_document_where_these_are_unequally_many(self, kind, counts):
+        windows = [w for d, n in enumerate(counts) for w in coherent(d + 1, per_document=n)[-n:]]
+        for sample in build_controls(windows, kinds=[kind], segment=SEGMENT):
+            own = {(int(t) // PLACES, int(t) % PLACES // LENGTH) for t in sample.input_ids}
+            if kind in ("mixed", "far-half"):
+                assert len(own) == len({document for document, _ in own}) > 1
+
     def test_of_two_documents_is_no_window_of_either(self, kind):
         windows = coherent(2)
         whole = {s.input_ids.tobytes() for s in windows}

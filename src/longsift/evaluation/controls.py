@@ -277,7 +277,8 @@ def build_controls(
         document comes back in a mixed window, but not before the others had their turn.
 
     Raises:
-        UsageError: no such kind; a window shorter than two segments; a group with fewer than two documents in a fold.
+        UsageError: no such kind; a window shorter than two segments; a group with fewer than two documents in a fold,
+            or with one that has more than half of its windows there.
     """
     coherent = [sample for sample in samples if sample.kind == "coherent"]
     wanted = [name for kind in kinds for name in (DEGENERATE if kind == "degenerate" else (kind,))]
@@ -311,6 +312,11 @@ def _families(coherent: Sequence[Sample], chance: Random) -> Iterator[list[Sampl
             raise UsageError(
                 f"Group '{group}' has one document in fold {fold}, and controls mix at least two. "
                 "Draw more documents (--per-group), use fewer folds, or leave the group out."
+            )
+        if 2 * max(map(len, documents.values())) > sum(map(len, documents.values())):
+            raise UsageError(
+                f"One document has more than half of the windows of group '{group}' in fold {fold}, so they cannot be "
+                "mixed with those of others. Take fewer of each document (--per-document)."
             )
         names = sorted(documents)
         chance.shuffle(names)
@@ -368,7 +374,7 @@ def _shuffled(bodies: list[Ids], most: int, segment: int, chance: Random) -> Ite
 
 def _far_half(bodies: list[Ids], most: int, segment: int, chance: Random) -> Iterator[tuple[int, Ids]]:
     n, half = len(bodies), len(bodies[0]) // 2
-    shift = chance.randrange(most, n - most + 1) if n >= 2 * most else most
+    shift = chance.randrange(most, n - most + 1)
     for i, body in enumerate(bodies):
         j = (i + shift) % n
         yield j, np.concatenate([bodies[j][:half], body[half:]])
@@ -383,7 +389,7 @@ def _pieces(bodies: list[Ids], most: int, segment: int, chance: Random) -> Itera
             at = chance.randrange(len(body) - size + 1)
             pieces.append(bodies[j][at : at + size])
             missing -= size
-            j = (j + chance.randrange(most, max(most, len(bodies) - most) + 1)) % len(bodies)
+            j = (j + chance.randrange(most, len(bodies) - most + 1)) % len(bodies)
         yield i, np.concatenate(pieces)
 
 
