@@ -91,7 +91,11 @@ class TestMeasure:
         assert values["layers"].tolist() == [2, 5]
         assert values["heads"].shape[0] == len(values["cds"]) == 2
         with pytest.raises(ModelError, match="that of this model sees only part"):
-            Meter(model, OPTIONS).check(LENGTH)
+            Meter(model, replace(OPTIONS, method="longattn,ladm")).check(LENGTH)
+        everything = Meter(model, OPTIONS)
+        everything.check(LENGTH)
+        assert everything.methods == ("ladm", "calibrated")
+        assert "strength" not in everything.measure(samples(1)[0].input_ids)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,9 @@ class Meter:
         model: the calculator.
         options: the methods, the span, and where and how it runs. "longattn" alone reads the first layer only.
 
+    Attributes:
+        methods: what is measured. Of "all", LongAttn is left out where the first layer does not see a whole window.
+
     Raises:
         ModelError: a calculator that cannot be loaded.
         UsageError: no such method.
@@ -92,6 +95,7 @@ class Meter:
             raise UsageError(f"--method takes all, or some of {', '.join(METHODS)}, not '{unknown[0]}'.")
         self.methods = tuple(method for method in METHODS if method in asked)
         self.span = options.span
+        self._all = options.method == "all"
         self._published = Ladm(span=options.span)
         self._dense = Ladm(span=options.span, dense=True, denominator="causal")
         # A model that was trained on in the same folder is another one.
@@ -122,10 +126,14 @@ class Meter:
                 )
             seeing = self.calculator.global_layers(length)
             if "longattn" in self.methods and 0 not in seeing:
-                raise ModelError(
+                why = (
                     f"LongAttn measures the first layer, and that of this model sees only part of a window of {length} "
-                    f"tokens (the layers {list(seeing)} see all of it). Evaluate the others: --method ladm,calibrated."
+                    f"tokens (the layers {list(seeing)} see all of it)"
                 )
+                if not self._all:
+                    raise ModelError(f"{why}. Evaluate the others: --method ladm,calibrated.")
+                self.methods = tuple(method for method in self.methods if method != "longattn")
+                log.warning("%s, so it is left out", why)
 
     def measure(self, input_ids: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.float64]]:
         """The arrays of `Signals.values` for one window, without their first axis, and "layers".
