@@ -23,6 +23,7 @@ from longsift.evaluation.evaluate import (
     summary,
     user_scores,
 )
+from longsift.evaluation.page import write_page
 from longsift.evaluation.signals import Meter, Signals
 from longsift.methods.calibrated import STATISTICS, Calibrated, Calibration, Feature, Fit
 from longsift.methods.ladm import Ladm
@@ -190,6 +191,14 @@ class TestEvaluate:
             assert word in page, word
         mean = pick(result["scores"], score="ladm", kind="mixed", group=MEAN)
         assert f"{mean['auc']:.3f}<small>{mean['low']:.2f}–{mean['high']:.2f}</small>" in page
+
+    def test_the_page_shows_names_of_a_corpus_as_text(self, done, tmp_path):
+        _, result = done
+        odd = json.loads(json.dumps(result).replace('"code"', '"<script>x"'))
+        write_page(odd, tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text("utf-8")
+        assert "<script" not in page
+        assert "<bdi>&lt;script&gt;x</bdi>" in page
 
     def test_scores_are_those_of_the_scorer(self, done, model, corpus):
         from longsift.evaluation.signals import draw_samples, read_signals
