@@ -160,6 +160,26 @@ class MeterOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """Choosing heads and weights on controls."""
+
+    heads: int = _flag(32, "Heads to choose at most.")
+    max_depth: float = _flag(0.6, "Share of the layers within which they are chosen.")
+    folds: int = _flag(4, "Into which documents are split: each is tested by a fit on the others.")
+    span: int = _flag(128, "Tokens in a span.")
+    device: str = _flag("auto", "auto, cpu, cuda or cuda:N.")
+    dtype: str = _flag("auto", "auto, float32, bfloat16 or float16.")
+    rope_theta: float | None = _flag(None, "Override the calculator's RoPE base.")
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "span"):
+            _check(self, name, lambda value: value >= 1, "at least 1")
+        _check(self, "folds", lambda value: value >= 2, "at least 2")
+        _check(self, "max_depth", lambda value: 0 < value <= 1, "a share of the layers, above 0 and up to 1")
+        _check(self, "rope_theta", lambda value: 0 < value < math.inf, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
 class NeedleOptions:
     """Asking a language model for keys hidden in long texts."""
 
