@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import longsift.calculators
 from longsift.errors import InputError, OutputError, UsageError
+from longsift.training.configs import hybrid
 from longsift.training.corpus import (
     END_OF_TEXT,
     Packed,
@@ -37,12 +38,8 @@ from longsift.training.sampling import WindowSampler
 
 SHIPPED = Path(longsift.calculators.__file__).parent / "embedded"
 TINY = {
-    **CONFIG,
+    **hybrid("smollm3", hidden=32, intermediate=64, layers=2, heads=2, global_layers=(1,), window=16),
     "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 16,
 }
@@ -84,7 +81,7 @@ def test_the_shipped_configuration_is_the_default_of_the_training_program():
     assert json.loads((SHIPPED / "config.json").read_text()) == CONFIG
 
 
-def test_the_shipped_model_loads_as_an_ordinary_llama_and_gives_the_same_losses(shipped_model):
+def test_the_shipped_model_loads_in_transformers_and_gives_the_same_losses(shipped_model):
     ordinary = AutoModelForCausalLM.from_pretrained(SHIPPED, local_files_only=True, dtype=torch.float32).eval()
     ids = torch.randint(1, CONFIG["vocab_size"], (2, 65), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

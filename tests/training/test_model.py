@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from longsift.errors import InputError
 from longsift.training.configs import CONFIGS, count_parameters, find_config, hybrid
-from longsift.training.int8 import FILE, dequantise, quantise
 from longsift.training.model import compiled_losses, load_model, new_model, save_model, token_losses
 
-HYBRIDS = ("qwen3", "smollm3", "exaone4", "gemma3_text")
+HYBRIDS = ("qwen3", "smollm3", "gemma3_text")
 
 
 def tiny(model_type: str, window: int = 16) -> dict:
@@ -76,41 +74,14 @@ def test_compiled_losses_and_gradients_on_a_gpu_are_those_of_eager_transformers(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_named_model_fits_into_the_package_in_its_format(name):
+def test_a_named_model_has_the_size_that_is_said(name):
     size = count_parameters(CONFIGS[name])
-    assert size <= (14_900_000 if "large" in name else 7_450_000)
+    assert size <= (14_800_000 if "large" in name else 7_450_000)
     assert size > 7_000_000
 
 
 def test_a_configuration_can_come_from_a_file(tmp_path: Path):
     (tmp_path / "c.json").write_text(json.dumps(tiny("qwen3")))
     assert find_config(str(tmp_path / "c.json")) == tiny("qwen3")
-    with pytest.raises(InputError, match="qwen3-small"):
+    with pytest.raises(InputError, match="embedded, smollm3"):
         find_config(str(tmp_path / "none.json"))
-
-
-@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
-def test_int8_weights_are_within_half_a_step_and_nearly_give_the_same_losses(model_type, tmp_path):
-    config = tiny(model_type)
-    save_model(new_model(config, seed=0), config, tmp_path / "whole")
-    quantise(tmp_path / "whole", tmp_path / "small")
-    whole, small = load_model(tmp_path / "whole"), load_model(tmp_path / "small")
-    for (name, weight), other in zip(whole.named_parameters(), small.parameters(), strict=True):
-        step = weight.abs().amax(-1, keepdim=True) / 127 if weight.ndim == 2 else torch.zeros(1)
-        assert ((weight - other).abs() <= 0.501 * step).all(), name
-    ids = random_ids(65)
-    with torch.inference_mode():
-        exact, rounded = (token_losses(model, ids[:, :-1], ids[:, 1:]) for model in (whole, small))
-    assert 0 < (exact - rounded).abs().max() < 0.05
-    assert not (tmp_path / "small" / "model.safetensors").exists()
-
-
-def test_int8_rows_of_zeros_and_equal_steps_come_back_exactly(tmp_path):
-    weight = torch.tensor([[0.0, 0.0, 0.0], [127.0, -3.0, 64.0]])
-    save_file({"a.weight": weight, "norm": torch.tensor([0.3])}, tmp_path / "model.safetensors")
-    quantise(tmp_path, tmp_path / "small")
-    found = dequantise(tmp_path / "small" / FILE)
-    assert torch.equal(found["a.weight"], weight)
-    assert found.keys() == {"a.weight", "norm"}
-    with pytest.raises(InputError, match="train"):
-        quantise(tmp_path / "small", tmp_path / "again")

@@ -1,26 +1,18 @@
 """Train the small calculator that ships with longsift, or one like it from your own long documents.
 
-Each step is a command; the defaults are the numbers of the shipped model, the fourth step its second run::
+Each step is a command; these made the shipped model, on one H200 (with several, `torchrun --nproc-per-node N -m …` and
+a larger `--batch-tokens`)::
 
-    python -m longsift.training.embedded tokenizer docs-*.jsonl.zst --out first
-    python -m longsift.training.embedded pack docs-*.jsonl.zst --tokenizer first --out packed
-    python -m longsift.training.embedded train packed --out first --state state.pt --compile
-    python -m longsift.training.embedded train packed --init first --out model --compile --stage 8192:650 \\
-        --rate 2e-3 --warmup 30 --decay 0.9 --repeat-share 0.5 --seed 2
-    cp first/tokenizer* model && python -m longsift.training.embedded evaluate model packed-valid
-
-A hybrid of sliding-window and global layers, for windows of up to 32,768 tokens, in eight minutes of four devices::
-
-    torchrun --standalone --nproc-per-node 4 -m longsift.training.embedded train packed --config qwen3-small \\
-        --out model --compile --minutes 8 --stage 2048:60 --stage 8192:25 --stage 32768:15 --batch-tokens 1048576 \\
-        --repeat-share 0.3 --recall-share 0.3 --tokenizer first
-    python -m longsift.training.embedded quantise model --out model-int8
+    python -m longsift.training.embedded tokenizer docs-*.jsonl.zst --out model
+    python -m longsift.training.embedded pack docs-*.jsonl.zst --tokenizer model --out packed
+    python -m longsift.training.embedded train packed --out model --compile --minutes 7 \\
+        --stage 2048:45 --stage 8192:25 --stage 32768:30 --tokenizer model --repeat-share 0.3 --recall-share 0.3
+    python -m longsift.training.embedded evaluate model packed-valid
 
 Documents are JSON lines with `text` and, if there are categories, `source`. The models are ordinary ones of
 transformers with tied embeddings. Every training window lies inside one document and has no padding, so no mask but
 the causal one is needed. Some windows can hold copied segments, or facts that are stated in one place and asked for in
-another: a model this small learns to look far back only when that surely pays. (The shipped model's second run copied
-one segment a window, of up to an eighth of it; today's copies are up to eight, smaller, and from every distance.)
+another: a model this small learns to look far back only when that surely pays.
 """
 
 from __future__ import annotations
@@ -55,11 +47,10 @@ from longsift.training.corpus import (
 )
 from longsift.training.facts import Facts, make_facts
 from longsift.training.figures import evaluate
-from longsift.training.int8 import quantise
 from longsift.training.loop import WEIGHTS, Recipe, train
 from longsift.training.model import load_model
 
-CONFIG = CONFIGS["llama"]
+CONFIG = CONFIGS["embedded"]
 
 
 def _weight(value: str) -> tuple[str, float]:
@@ -102,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--out", type=Path, required=True)
     training.add_argument("--init", type=Path, help="model folder to start from, instead of random weights")
     training.add_argument("--state", type=Path, help="file that lets a stopped run go on")
-    training.add_argument("--config", default="llama", help=f"{', '.join(CONFIGS)}, or a config.json")
+    training.add_argument("--config", default="embedded", help=f"{', '.join(CONFIGS)}, or a config.json")
     training.add_argument("--until", type=int, default=math.inf, metavar="STEP", help="stop in good order here")
     training.add_argument(
         "--minutes",
@@ -124,10 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     training.add_argument("--compile", action="store_true")
     training.add_argument("--weight", **weigh)
-
-    quantising = commands.add_parser("quantise", help="write a model again with int8 weights, half as large")
-    quantising.add_argument("model", type=Path)
-    quantising.add_argument("--out", type=Path, required=True)
 
     evaluating = commands.add_parser("evaluate", help="print figures as JSON")
     evaluating.add_argument("model", type=Path)
@@ -213,8 +200,6 @@ def _run(options: argparse.Namespace) -> None:
     elif options.command == "train":
         with _processes(options.device) as device:
             _train(options, weights, device)
-    elif options.command == "quantise":
-        quantise(options.model, options.out)
     else:
         figures = evaluate(
             load_model(options.model, options.device),

@@ -21,7 +21,6 @@ from transformers.masking_utils import AttentionMaskInterface
 from longsift.errors import InputError
 from longsift.shards import write_json
 from longsift.tables import publish
-from longsift.training import int8
 
 Losses = Callable[[PreTrainedModel, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -109,9 +108,6 @@ def new_model(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
         if hasattr(layer, "post_feedforward_layernorm"):  # norms that follow: their gain is the weight, or 1 + weight
             layer.post_attention_layernorm.weight.data.add_(shrink - 1)
             layer.post_feedforward_layernorm.weight.data.add_(shrink - 1)
-    if config["model_type"] == "exaone4":
-        # No norm comes before its first layer: an embedding of 0.02 would drown in what that layer adds.
-        model.get_input_embeddings().weight.data.mul_(4)
     return model
 
 
@@ -129,22 +125,16 @@ def save_model(model: PreTrainedModel, config: Mapping[str, Any], folder: Path) 
 
 
 def load_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
-    """Load a folder written by `train` or `quantise`, in float32 and for the fast causal attention.
+    """Load a folder written by `train`, in float32 and for the fast causal attention.
 
     Raises:
         InputError: the folder holds no model.
     """
-    model: PreTrainedModel
-    if (folder / int8.FILE).is_file():
-        model = _from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-        weights = int8.dequantise(folder / int8.FILE)
-        model.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
-    elif (folder / "model.safetensors").is_file():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, attn_implementation=ATTENTION
-        )
-    else:
+    if not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder} holds no model.safetensors; make one with `train`")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32, attn_implementation=ATTENTION
+    )
     return model.to(device).eval()
 
 
