@@ -22,6 +22,7 @@ import typer
 from longsift import __version__
 from longsift.errors import LongsiftError, UsageError
 from longsift.options import (
+    CalibrateOptions,
     ControlOptions,
     MeterOptions,
     ModelOptions,
@@ -347,6 +348,38 @@ def evaluate(
         inputs, out, model, control, meter, calibration=calibration, overwrite=overwrite, quiet=quiet
     )
     _print(result if as_json else evaluation.summary(result) | {"page": str(out / "evaluation.html")}, as_json)
+
+
+@_command
+def calibrate(
+    *,
+    inputs: Inputs,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="File; one of the same model gets a fit for this window.", show_default=False),
+    ],
+    model: ModelOptions,
+    control: ControlOptions,
+    calibration: CalibrateOptions,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away FILE and what was measured.")] = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Choose and weigh the heads of a calculator for the method calibrated, on a sample of documents and controls."""
+    if dry_run:
+        from longsift.evaluation.evaluate import estimate
+
+        fields = ("span", "device", "dtype", "rope_theta")
+        meter = MeterOptions(method="calibrated", **{name: getattr(calibration, name) for name in fields})
+        _print(estimate(inputs, model, control, meter), as_json)
+        return
+    from longsift.evaluation import calibration as evaluation
+
+    result = evaluation.calibrate(inputs, out, model, control, calibration, overwrite=overwrite, quiet=quiet)
+    _print(result if as_json else evaluation.summary(result), as_json)
 
 
 @_command
