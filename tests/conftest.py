@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +20,17 @@ VOCABULARY = 512
 
 def library_text(name: str) -> str:
     return (Path(sysconfig.get_path("stdlib")) / name).read_text("utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu_that_is_lost_ends_the_run(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After an illegal access every later call on the GPU fails: tell the test that made it from those."""
+    yield
+    if request.node.get_closest_marker("gpu") is not None:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"{request.node.nodeid} left the GPU unusable: {error}", returncode=1)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,8 @@ def test_the_reductions_match_the_float64_reference(dtype, length):
     for denominator in ("prior", "causal"):
         focus = span_focus(q.cuda(), k.cuda(), 16, denominator=denominator)
         reference = span_focus(q.double(), k.double(), 16, denominator=denominator, backend="reference")
-        torch.testing.assert_close(focus.double().cpu(), reference, rtol=1e-5, atol=1e-30)
+        # The kernels' exponential is right to a few units in the last place of its exponent, of some tens.
+        torch.testing.assert_close(focus.double().cpu(), reference, rtol=2e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize("method", ["longattn", "ladm"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -63,6 +65,35 @@ def test_stacked_chunks_match_the_reference(
     torch.testing.assert_close(out[None].double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda x: x[..., :64], id="rows-of-an-odd-number-of-values"),
+        pytest.param(lambda x: x.flatten()[1 : 1 + 2 * 3 * 10 * 64].view(2, 3, 10, 64), id="odd-address"),
+        pytest.param(lambda x: x[..., :64].transpose(2, 3).contiguous().transpose(2, 3), id="columns-first"),
+    ],
+)
+def test_a_layout_that_fused_kernels_cannot_load_is_copied(
+    view: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+) -> None:
+    x = view(torch.randn(2, 3, 10, 65).to(dtype))
+    copy = output._aligned(x)
+    assert torch.equal(copy, x)
+    assert copy.is_contiguous()
+    assert copy.data_ptr() % 16 == 0
+    assert copy.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_queries_as_projections_leave_them_are_not_copied(dtype: torch.dtype) -> None:
+    projected = torch.zeros(1, 10, 3 * 64, dtype=dtype)
+    q = projected.view(1, 10, 3, 64).transpose(1, 2)
+    assert output._aligned(q) is q
+    later = q[:, :, 3:]
+    assert output._aligned(later) is later
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("softcap", [None, 2.5], ids=["plain", "softcap"])
@@ -72,7 +103,7 @@ def test_output_on_a_gpu_matches_the_reference(
     dtype: torch.dtype, sliding_window: int | None, softcap: float | None
 ) -> None:
     q, k, v = (x.to("cuda", dtype) for x in queries_keys_values(6, 2, 1333, 64, batch=2))
-    v = v[..., :64]
+    v = v[..., :64]  # a row is not a multiple of 16 bytes, which the fused kernels would not bear
     options = {"scale": 0.2, "softcap": softcap, "sliding_window": sliding_window}
     out = causal_attention(q, k, v, **options)
     exact = reference.causal_attention(q.double(), k.double(), v.double(), **options)

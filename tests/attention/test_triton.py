@@ -52,9 +52,11 @@ DTYPES = [
 def _new_memory_holds_nan() -> Iterator[None]:
     """So that an entry that no program writes is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # the filling is what is wanted of it
-    assert torch.empty(3, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        assert torch.empty(3, device=DEVICE).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def queries_and_keys(

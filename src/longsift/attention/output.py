@@ -20,6 +20,7 @@ BLOCK_ROWS = 256  # of a block on a CPU: the queries of all heads that share a k
 SMALLEST_BLOCK = 16  # positions
 CPU_BLOCK_LOGITS = 1 << 21  # of a block: 8 MiB of float32
 GPU_BLOCK_LOGITS = 1 << 26
+ALIGNMENT = 16  # bytes that the fused kernels of a GPU load at once
 
 
 def causal_attention(
@@ -52,6 +53,8 @@ def causal_attention(
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1 token; got {sliding_window}")
     q, k, v = q.detach(), k.detach(), v.detach()
+    if q.device.type != "cpu":
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
     length = q.shape[2]
     window = length if sliding_window is None else min(sliding_window, length)
     if softcap is None and window == length:
@@ -63,6 +66,19 @@ def causal_attention(
         else:
             _blocks(q[b], k[b], v[b], scale, softcap, window, out[b])
     return out
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy where its rows do not all begin at a multiple of ALIGNMENT bytes.
+
+    PyTorch 2.11 looks at some of the strides before it takes a fused kernel, at no address, and at nothing of the
+    values; a load that is not aligned then ends in "misaligned address", and the process can use the GPU no more.
+    """
+    unit = ALIGNMENT // x.element_size()
+    rows = x.stride(-1) == 1 and all(stride % unit == 0 for stride in x.stride()[:-1])
+    if rows and x.data_ptr() % ALIGNMENT == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
