@@ -44,14 +44,38 @@ def test_the_command_reference_is_up_to_date():
         (["run", "{tmp}/none.jsonl", "-o", "{tmp}/o"], 1, "none.jsonl"),
         (["run", "{corpus}", "-o", "{tmp}/o", "--model", "no-such-model"], 1, "There is no model 'no-such-model'"),
         (["run", "{corpus}", "-o", "{tmp}/o", "--revision", "main"], 1, "'embedded' is on this machine"),
-        (["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--method", "loudness"], 2, "longattn, ladm"),
+        (
+            ["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--method", "loudness"],
+            2,
+            "longattn, ladm, calibrated",
+        ),
         (["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--span", "64"], 2, "--span does not apply"),
-        (["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--layers", "2"], 2, "--layers does not apply"),
+        (
+            ["run", "{corpus}", "-o", "{tmp}/o", "--method", "longattn", "--model", "{model}", "--layers", "2"],
+            2,
+            "--layers does not apply",
+        ),
         (["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--layers", "two"], 2, "--layers takes numbers"),
         (["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--device", "tpu0"], 2, "--device takes"),
         (["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--dtype", "int8"], 2, "--dtype takes"),
-        (["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--keep", "2"], 2, "--keep is a share"),
-        (["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--mix", "code:1"], 2, "--mix takes shares"),
+        (["run", "{corpus}", "-o", "{tmp}/o", "--model", "{model}"], 2, "longsift calibrate CORPUS --model {model} -o"),
+        (["run", "{corpus}", "-o", "{tmp}/o", "--rope-theta", "9e5"], 2, "another RoPE base"),
+        (["run", "{corpus}", "-o", "{tmp}/o", "--calibration", "{tmp}/no.json"], 2, "longsift calibrate"),
+        (
+            ["score", "{corpus}", "-o", "{tmp}/o", "--model", "{model}", "--window", "512"],
+            2,
+            "longsift calibrate CORPUS",
+        ),
+        (
+            ["run", "{corpus}", "-o", "{tmp}/o", "--method", "longattn", "--model", "{model}", "--keep", "2"],
+            2,
+            "--keep is a share",
+        ),
+        (
+            ["run", "{corpus}", "-o", "{tmp}/o", "--method", "longattn", "--model", "{model}", "--mix", "code:1"],
+            2,
+            "--mix takes shares",
+        ),
         (["run", "{corpus}", "-o", "{tmp}/o", "--keep", "0.1", "--budget", "9"], 2, "either --keep SHARE or --budget"),
         (["score", "{corpus}"], 2, "-o OUT"),
         (["select", "{tmp}"], 1, "Run 'longsift score' first"),
@@ -63,10 +87,11 @@ def test_the_command_reference_is_up_to_date():
 def test_what_cannot_work_is_one_line_that_names_the_fix(arguments, code, message, corpus, model, tmp_path):
     places = {"tmp": tmp_path, "corpus": corpus, "model": model}
     given = [argument.format(**places) for argument in arguments]
-    flags = ["--window", 512, "-q"] if given[0] == "run" else []
+    flags = ["--window", 1024, "-q"] if given[0] == "run" else []
     output = longsift(*given, *flags, code=code)
-    assert message in output
+    assert message.format(**places) in output
     assert "Traceback" not in output
+    assert not (tmp_path / "o").exists() or code == 1
 
 
 @pytest.mark.parametrize(
@@ -93,19 +118,21 @@ def test_what_cannot_work_is_one_line_that_names_the_fix(arguments, code, messag
     ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_a_value_out_of_range_is_a_usage_error_before_any_work(flags, corpus, model, tmp_path):
-    output = longsift("run", corpus, "-o", tmp_path / "o", "--model", model, *flags, "-q", code=2)
+    method = [] if "--method" in flags else ["--method", "longattn"]
+    output = longsift("run", corpus, "-o", tmp_path / "o", "--model", model, *method, *flags, "-q", code=2)
     assert output.startswith("usage: --")
     assert not (tmp_path / "o").exists()
 
 
 def test_a_run_without_any_window_says_why(corpus, model, tmp_path):
-    output = longsift("run", corpus, "-o", tmp_path / "o", "--model", model, "--window", 30_000, "-q", code=1)
+    flags = ["--method", "longattn", "--model", model, "--window", 30_000]
+    output = longsift("run", corpus, "-o", tmp_path / "o", *flags, "-q", code=1)
     assert "of 12 documents 12 are too short" in output
 
 
 def test_wrong_flags_are_found_before_any_work(corpus, model, tmp_path):
     """A run of hours must not end in a refusal that a look at its flags could have given."""
-    longsift("run", corpus, "-o", tmp_path / "o", "--model", model, "--keep", 2, "-q", code=2)
+    longsift("run", corpus, "-o", tmp_path / "o", "--method", "longattn", "--model", model, "--keep", 2, "-q", code=2)
     assert not (tmp_path / "o").exists()
 
 
@@ -124,7 +151,7 @@ def test_a_config_file_sets_flags_and_flags_win(corpus, model, tmp_path):
 def test_a_config_file_takes_flags_by_the_names_that_are_shown(corpus, model, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("no-text: true\nids: false\nmix: {code: 0.5, mixed: 0.5}\nkeep: 0.5\njson: true\n")
-    longsift("run", corpus, "-o", tmp_path / "o", "--model", model, "--window", 512, "-q")
+    longsift("run", corpus, "-o", tmp_path / "o", "--method", "longattn", "--model", model, "--window", 512, "-q")
     result = as_json(longsift("select", tmp_path / "o", "--config", config))
     assert result["kept"]
     columns = pq.read_schema(next((tmp_path / "o" / "selected").glob("*.parquet"))).names

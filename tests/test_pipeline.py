@@ -21,6 +21,7 @@ from longsift.cli import app
 from longsift.shards import RunFolder
 from longsift.tables import QUARANTINE, SCORE_KEYS, WINDOWS, parquet_files
 
+LONGATTN = ["--method", "longattn"]
 SMALL_SPANS = ["--span", "16", "--d-afs", "2", "--d-cds", "2"]
 
 
@@ -49,7 +50,8 @@ def table(folder: Path) -> pa.Table:
 def finished(corpus, model, tmp_path_factory) -> Path:
     """A finished LongAttn run, with shards of a few windows."""
     out = tmp_path_factory.mktemp("run") / "out"
-    longsift("run", corpus, "-o", out, "--model", model, "--window", 512, "--shard-tokens", 4096, "--keep", 0.5, "-q")
+    flags = ["--model", model, *LONGATTN, "--window", 512, "--shard-tokens", 4096, "--keep", 0.5]
+    longsift("run", corpus, "-o", out, *flags, "-q")
     return out
 
 
@@ -97,7 +99,7 @@ def test_selected_rows_carry_text_ids_and_metadata_of_their_documents(finished, 
 def test_the_same_command_again_does_nothing_and_select_scores_nothing_again(finished, corpus, model):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.suffix == ".parquet"}
     longsift("windows", corpus, "-o", finished, "--model", model, "--window", 512, "--shard-tokens", 4096, "-q")
-    longsift("score", finished, "-q")
+    longsift("score", finished, *LONGATTN, "-q")
     kept = [as_json(longsift("select", finished, "--keep", keep, "--json"))["kept"] for keep in (0.1, 0.5)]
     assert kept[0] < kept[1]
     for path, when in before.items():
@@ -120,6 +122,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(finished, corpus, model
         tmp_path,
         "--model",
         model,
+        *LONGATTN,
         "--window",
         512,
         "--shard-tokens",
@@ -154,13 +157,13 @@ def test_a_stop_between_the_last_source_and_the_end_of_the_stage_loses_nothing(c
 
 def test_a_scores_file_that_vanished_is_made_again(corpus, model, tmp_path):
     flags = ["--model", model, "--window", 512, "--shard-tokens", 4096, "-q"]
-    longsift("score", corpus, "-o", tmp_path, *flags)
+    longsift("score", corpus, "-o", tmp_path, *LONGATTN, *flags)
     whole = contents(tmp_path / "scores")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["scores"]["status"] = "running"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     next((tmp_path / "scores").glob("*.parquet")).unlink()
-    longsift("score", corpus, "-o", tmp_path, *flags)
+    longsift("score", corpus, "-o", tmp_path, *LONGATTN, *flags)
     assert contents(tmp_path / "scores") == whole
 
 
@@ -216,7 +219,7 @@ def test_ladm_is_selected_by_standardised_layers_without_scoring_again(finished,
 def test_a_window_has_the_same_score_whatever_is_scored_beside_it(finished, model, tmp_path):
     rows = table(finished / "windows").select(["doc_id", "input_ids"]).rename_columns(["id", "input_ids"])
     pq.write_table(rows.slice(3, 1), tmp_path / "one.parquet")
-    longsift("score", tmp_path / "one.parquet", "-o", tmp_path / "out", "--model", model, "-q")
+    longsift("score", tmp_path / "one.parquet", "-o", tmp_path / "out", "--model", model, *LONGATTN, "-q")
     alone = table(tmp_path / "out" / "scores").to_pylist()[0]
     among = table(finished / "scores").to_pylist()[3]
     assert (alone["dependency_strength"], alone["variance"]) == (among["dependency_strength"], among["variance"])
@@ -243,7 +246,7 @@ def test_bad_rows_are_set_aside_with_file_and_row_and_lose_nothing_else(corpus, 
     lines = [line + b"\n" for line in BAD_LINES.values()]
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"".join([*good[:2], *lines, *good[2:]]))
-    arguments = ["run", file, "--model", model, "--window", 512, "-q"]
+    arguments = ["run", file, "--model", model, *LONGATTN, "--window", 512, "-q"]
 
     output = longsift(*arguments, "-o", tmp_path / "strict", code=1)
     assert f"{len(BAD_LINES)} of {len(BAD_LINES) + len(good)} rows are bad" in output
@@ -255,7 +258,7 @@ def test_bad_rows_are_set_aside_with_file_and_row_and_lose_nothing_else(corpus, 
     assert all(bad["reason"].to_pylist())
 
     longsift(*arguments, "-o", tmp_path / "lenient", "--max-bad", 0.9)
-    longsift("run", corpus / "a.jsonl", "--model", model, "--window", 512, "-q", "-o", tmp_path / "clean")
+    longsift("run", corpus / "a.jsonl", *arguments[2:], "-o", tmp_path / "clean")
     for folder in ("strict", "lenient"):
         assert contents(tmp_path / folder / "windows") == contents(tmp_path / "clean" / "windows")
 
@@ -263,7 +266,8 @@ def test_bad_rows_are_set_aside_with_file_and_row_and_lose_nothing_else(corpus, 
 def test_a_window_that_cannot_be_scored_is_a_failed_row_with_its_reason(model, tmp_path):
     rows = [{"input_ids": list(range(100))}, {"input_ids": [1, 2, 3]}, {"input_ids": [5, 100_000] * 50}]
     (tmp_path / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    output = longsift("score", tmp_path / "ids.jsonl", "-o", tmp_path / "out", "--model", model, "-q", code=1)
+    flags = ["--model", model, *LONGATTN, "-q"]
+    output = longsift("score", tmp_path / "ids.jsonl", "-o", tmp_path / "out", *flags, code=1)
     assert "2 of 3 windows could not be scored" in output
     scores = table(tmp_path / "out" / "scores").to_pylist()
     assert [row["status"] for row in scores] == ["ok", "failed", "failed"]
@@ -308,13 +312,13 @@ def test_the_published_formats_read_with_flags(model, tmp_path, flags, line):
 
 
 def test_a_calculator_with_another_tokenizer_is_refused(finished, tmp_path):
-    output = longsift("score", finished, "-o", tmp_path / "out", "--model", "embedded", "-q", code=2)
+    output = longsift("score", finished, "-o", tmp_path / "out", "--model", "embedded", *LONGATTN, "-q", code=2)
     assert "does not share" in output
 
 
 def test_a_dry_run_says_how_much_there_is_and_writes_nothing(corpus, model, tmp_path):
     flags = [corpus, "-o", tmp_path / "out", "--model", model, "--window", 512]
-    plan = as_json(longsift("run", *flags, "--dry-run", "--json"))
+    plan = as_json(longsift("run", *flags, *LONGATTN, "--dry-run", "--json"))
     counts = as_json(longsift("windows", *flags, "--json", "-q"))
     assert {name: plan[name] for name in ("documents", "too_short", "windows", "tokens")} == {
         name: counts[name] for name in ("documents", "too_short", "windows", "tokens")
@@ -324,7 +328,8 @@ def test_a_dry_run_says_how_much_there_is_and_writes_nothing(corpus, model, tmp_
 
 
 def test_another_selection_is_another_data_set_to_load_dataset_and_another_report(corpus, model, tmp_path):
-    longsift("run", corpus, "-o", tmp_path / "o", "--model", model, "--window", 256, "--keep", 0.2, "-q")
+    flags = ["--model", model, *LONGATTN, "--window", 256, "--keep", 0.2]
+    longsift("run", corpus, "-o", tmp_path / "o", *flags, "-q")
     loaded = []
     for keep in (0.2, 0.6):
         kept = as_json(longsift("select", tmp_path / "o", "--keep", keep, "--json"))["kept"]
@@ -348,10 +353,10 @@ def test_an_input_that_changed_is_noticed_even_at_the_same_size(corpus, model, t
 def test_windows_that_another_run_cut_anew_are_refused(corpus, model, tmp_path):
     arguments = ["windows", corpus, "-o", tmp_path / "a", "--model", model, "--window", 512, "-q"]
     longsift(*arguments)
-    longsift("score", tmp_path / "a", "-o", tmp_path / "b", "-q")
+    longsift("score", tmp_path / "a", "-o", tmp_path / "b", *LONGATTN, "-q")
     longsift(*arguments, "--overwrite")
     assert "were cut anew" in longsift("select", tmp_path / "b", code=1)
-    longsift("score", tmp_path / "a", "-o", tmp_path / "b", "--overwrite", "-q")
+    longsift("score", tmp_path / "a", "-o", tmp_path / "b", *LONGATTN, "--overwrite", "-q")
     longsift("select", tmp_path / "b")
 
 
@@ -368,6 +373,6 @@ def test_selecting_in_a_folder_that_does_not_exist_makes_none(tmp_path):
 
 
 def test_a_dry_run_of_a_run_folder_reads_its_windows(finished):
-    plan = as_json(longsift("score", finished, "--dry-run", "--json"))
+    plan = as_json(longsift("score", finished, *LONGATTN, "--dry-run", "--json"))
     assert plan["windows"] == len(table(finished / "windows"))
     assert plan["seconds_scoring"] > 0

@@ -244,7 +244,7 @@ def score(
         plan = estimate_scores(folder, model, scores) if folder else estimate(inputs, model, windows, scores)
         _print(plan, as_json)
         return
-    pipeline.check_flags(model, windows, scores)
+    pipeline.check_flags(pipeline.calculator_for(inputs, model), windows, scores)
     folder = pipeline.prepare_windows(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
     _print(pipeline.score(folder, model, scores, overwrite=overwrite, quiet=quiet), as_json)
     pipeline.check_bad(folder, windows.max_bad)

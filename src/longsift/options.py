@@ -68,7 +68,7 @@ class WindowOptions:
 class ScoreOptions:
     """Measuring windows. A parameter left at None is the method's own default."""
 
-    method: str = _flag("longattn", "Selection method: calibrated, longattn or ladm.")
+    method: str = _flag("calibrated", "Selection method: calibrated, longattn or ladm.")
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N.")
     dtype: str = _flag("auto", "auto, float32, bfloat16 or float16.")
     calibration: str | None = _flag(

@@ -77,6 +77,16 @@ def run_folder(inputs: Sequence[str]) -> Path | None:
     return given if len(inputs) == 1 and (given / "manifest.json").is_file() else None
 
 
+def calculator_for(inputs: Sequence[str], model: ModelOptions) -> ModelOptions:
+    """The calculator that was asked for, or else the one that a run folder's windows were cut for.
+
+    Raises:
+        OutputError: the folder has no finished windows.
+    """
+    given = run_folder(inputs)
+    return model if given is None else model_of(RunFolder(given).section("windows"), model)
+
+
 def score(
     out: Path | str,
     model: ModelOptions = ModelOptions(),

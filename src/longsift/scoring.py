@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from longsift.calculators.checkpoint import Checkpoint, locate
 from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel
 from longsift.cutting import load_tokenizer
@@ -46,13 +47,13 @@ class Scorer:
         parameters: the method's own (`alpha`, `span`, …).
 
     Raises:
-        UsageError: a parameter that the method does not have.
+        UsageError: a parameter that the method does not have; a calculator that the calibration was not made with.
         ModelError: a calculator that cannot be loaded.
     """
 
     def __init__(
         self,
-        method: str | Method = "longattn",
+        method: str | Method = "calibrated",
         *,
         model: str = "embedded",
         revision: str | None = None,
@@ -65,6 +66,7 @@ class Scorer:
     ) -> None:
         self.method = build_method(method, **parameters) if isinstance(method, str) else method
         _check_layers(self.method, layers)
+        _check_calculator(self.method, model, revision, rope_theta)
         self.model = model
         self.revision = revision
         self.trust_remote_code = trust_remote_code
@@ -83,8 +85,6 @@ class Scorer:
             calibrated = _calibrated(self.method)
             chosen = calibrated.layers() if calibrated else layers
             self.calculator = FullModel.load(model, layers=chosen, **options)
-            if calibrated:
-                calibrated.loaded.check_model(self.calculator.identity())
 
     @classmethod
     def from_options(cls, model: ModelOptions, options: ScoreOptions) -> Scorer:
@@ -238,28 +238,31 @@ def resolve_dtype(dtype: str) -> torch.dtype | None:
 def score_identity(
     model: str, revision: str | None, options: ScoreOptions, window: int | None = None
 ) -> dict[str, Any]:
-    """Everything that scores depend on, as JSON values, checked without loading anything.
+    """Everything that scores depend on, as JSON values, checked without loading a model.
 
     Args:
         window: tokens in a window, where that is known: it must be long enough for the method.
 
     Raises:
-        UsageError: options that cannot work.
+        UsageError: options that cannot work, or a calculator that the calibration was not made with.
+        ModelError: a calibrated calculator that cannot be found.
     """
     method = build_method(options.method, **options.method_parameters())
+    layers = parse_layers(options.layers)
+    _check_layers(method, layers)
+    resolve_dtype(options.dtype)
+    device = resolve_device(options.device).type
+    _check_calculator(method, model, revision, options.rope_theta)
     if window is not None and window < method.shortest():
         raise UsageError(
             f"--window {window} is shorter than the {method.shortest():,} tokens that {method.name} needs."
         )
-    layers = parse_layers(options.layers)
-    _check_layers(method, layers)
-    resolve_dtype(options.dtype)
     return {
         "method": method.name,
         "parameters": parameters_of(method),
         "model": model,
         "revision": revision,
-        "device": resolve_device(options.device).type,
+        "device": device,
         "dtype": options.dtype,
         "rope_theta": options.rope_theta,
         "layers": layers,
@@ -275,6 +278,15 @@ def _check_layers(method: Method, layers: Sequence[int] | None) -> None:
         raise UsageError(f"--layers does not apply to the method '{method.name}', which measures the first layer.")
     if layers is not None and _calibrated(method):
         raise UsageError("--layers does not apply to the method 'calibrated', whose calibration names the layers.")
+
+
+def _check_calculator(method: Method, model: str, revision: str | None, rope_theta: float | None) -> None:
+    """Refuse a calculator that a calibration was not made with, from samples of its files."""
+    if calibrated := _calibrated(method):
+        location = locate(model, revision)
+        calibrated.loaded.check_model(
+            {"name": location.name, "fingerprint": Checkpoint(location).fingerprint(), "rope_theta": rope_theta}
+        )
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

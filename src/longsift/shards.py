@@ -98,9 +98,7 @@ class RunFolder:
         section = manifest.get(stage)
         identity = json.loads(json.dumps(identity))
         if section and section["identity"] != identity and not overwrite:
-            known = section["identity"]
-            changed = sorted(k for k in known | identity if known.get(k) != identity.get(k))
-            details = "; ".join(f"{k}: {_brief(known.get(k))} → {_brief(identity.get(k))}" for k in changed)
+            details = "; ".join(_changes(section["identity"], identity))
             raise OutputError(
                 f"{self.path} holds {stage} of another run ({details}). "
                 "Choose another output folder, or throw the old tables away with --overwrite."
@@ -185,6 +183,15 @@ class RunFolder:
 
     def _write(self, manifest: dict[str, Any]) -> None:
         write_json(self._manifest, {"longsift": __version__, **{k: manifest[k] for k in _STAGES if k in manifest}})
+
+
+def _changes(known: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in sorted(known | asked):
+        before, after = known.get(key), asked.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}: {_brief(before)} → {_brief(after)}"
 
 
 def _brief(value: Any) -> str:
