@@ -18,11 +18,11 @@ setup: .venv/ready
 
 demo: setup
 	$(BIN)/python examples/demo_corpus.py demo/corpus.jsonl.zst
-	$(BIN)/longsift run demo/corpus.jsonl.zst -o demo/longattn --window 4096 --sample 40 --keep 0.25 --method longattn --overwrite
-	$(BIN)/longsift score demo/longattn -o demo/ladm --method ladm --overwrite
+	$(BIN)/longsift run demo/corpus.jsonl.zst -o demo/calibrated --window 4096 --sample 40 --keep 0.25 --overwrite
+	$(BIN)/longsift score demo/calibrated -o demo/ladm --method ladm --overwrite
 	$(BIN)/longsift select demo/ladm --keep 0.25
 	$(BIN)/longsift report demo/ladm
-	@echo "Look at demo/longattn/report.html and demo/ladm/report.html; the selected windows are in demo/*/selected."
+	@echo "Look at demo/calibrated/report.html and demo/ladm/report.html; the selected windows are in demo/*/selected."
 
 test: setup
 	$(BIN)/pytest
@@ -38,7 +38,7 @@ bench: setup
 # The picture at the top of the README; needs Chromium.
 screenshot: demo
 	chromium --headless --no-sandbox --disable-gpu --disable-background-networking --hide-scrollbars \
-		--window-size=1200,1230 --screenshot=docs/demo-report.png file://$(CURDIR)/demo/longattn/report.html
+		--window-size=1200,1230 --screenshot=docs/demo-report.png file://$(CURDIR)/demo/calibrated/report.html
 
 clean:
 	rm -rf .venv demo
