@@ -208,7 +208,22 @@ def head_keys(attention: LayerAttention, heads: Sequence[int]) -> tuple[torch.Te
     if list(heads) == list(range(q.shape[1])):
         return q, k
     group = q.shape[1] // k.shape[1]
-    return q[:, list(heads)], k[:, [head // group for head in heads]]
+    return _heads_of(q, heads), _heads_of(k, [head // group for head in heads])
+
+
+def _heads_of(x: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+    """`x[:, heads]` of ascending heads, as a view where they are evenly spaced.
+
+    A list as an index would be copied to the GPU for every layer, and the host would wait for it.
+    """
+    import torch
+
+    first, step = heads[0], heads[1] - heads[0] if len(heads) > 1 else 1
+    if any(head != first + i * step for i, head in enumerate(heads)):
+        return torch.cat([x[:, head : head + 1] for head in heads], 1)
+    if step == 0:
+        return x[:, first : first + 1].expand(-1, len(heads), -1, -1)
+    return x[:, first : heads[-1] + 1 : step]
 
 
 @dataclass(frozen=True)
@@ -268,6 +283,7 @@ class Calibrated:
         return 8 * min(fit.span for fit in self.loaded.fits)
 
     def measure(self, calculator: FullModel, input_ids: torch.Tensor) -> dict[str, Any]:
+        import torch
 
         from longsift.attention import span_focus
 
@@ -281,18 +297,19 @@ class Calibrated:
 
         def reduce(layer: LayerAttention) -> torch.Tensor:
             q, k = head_keys(layer, heads[layer.layer])
-            focus = span_focus(q, k, fit.span, scale=layer.scale, softcap=layer.softcap, denominator="causal")
-            return head_statistics(focus[0] / fit.span).cpu()
+            return span_focus(q, k, fit.span, scale=layer.scale, softcap=layer.softcap, denominator="causal")[0]
 
-        measured = calculator.reduce(input_ids[None], reduce, layers=tuple(heads))
-        score, far = 0.0, []
+        # The statistics are many small operations: once for all heads, and one wait for the GPU, at the end.
+        focus = calculator.reduce(input_ids[None], reduce, layers=tuple(heads))
+        statistics = head_statistics(torch.cat([focus[layer] for layer in heads]) / fit.span).tolist()
+        measured = dict(zip(((layer, head) for layer in heads for head in heads[layer]), statistics, strict=True))
+        score = 0.0
         for feature in fit.features:
-            row = measured[feature.layer][heads[feature.layer].index(feature.head)]
-            value = math.log(float(row[STATISTICS.index(feature.statistic)]) + SMALLEST)
-            z = max(-LARGEST_Z, min(LARGEST_Z, (value - feature.mean) / feature.scale))
+            statistic = measured[feature.layer, feature.head][STATISTICS.index(feature.statistic)]
+            z = (math.log(statistic + SMALLEST) - feature.mean) / feature.scale
+            z = max(-LARGEST_Z, min(LARGEST_Z, z))
             score += feature.weight * z + feature.square * z * z
-        for layer, some in heads.items():
-            far.extend(measured[layer][: len(some), 0].tolist())
+        far = [row[0] for row in measured.values()]
         return {"calibrated": score, "far_focus": sum(far) / len(far)}
 
     def rule(self) -> ScoreRule:
