@@ -8,10 +8,12 @@ so no code of any one architecture is copied, and what is measured is what the m
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, NoReturn
 
 import torch
@@ -122,17 +124,26 @@ def _mask(
     The model asks for a mask by the rule of which pairs may attend. The rule is tried on two rows of the map; one that
     is neither of the two is refused, since a mask that is silently left out would make wrong probabilities.
     """
-    widths = []
-    if not use_vmap:
-        zero, keys = torch.tensor(0), torch.arange(kv_length)
-        for query in (kv_length // 2, kv_length - 1):
-            seen = torch.as_tensor(mask_function(zero, zero, torch.tensor(query), keys)).expand(kv_length)
-            width = int(seen.sum())
-            if torch.equal(seen, (keys <= query) & (keys > query - width)):
-                widths.append(width)
-    if len(widths) != 2 or widths[0] != min(widths[1], kv_length // 2 + 1):
+    # A rule that holds no values of its own, as the library's causal one, says the same at every forward.
+    constant = isinstance(mask_function, FunctionType) and mask_function.__closure__ is None
+    width = None if use_vmap else (_constant_width if constant else _width)(mask_function, kv_length)
+    if width is None:
         _refuse(config, "masks more than the future and what lies outside a sliding window")
-    return None if widths[1] == kv_length else torch.tensor([widths[1]])
+    return None if width == kv_length else torch.tensor([width])
+
+
+def _width(mask_function: Callable[..., Any], length: int) -> int | None:
+    """How many keys a query sees under a causal, perhaps sliding, rule for `length` keys; None for any other rule."""
+    zero, keys = torch.tensor(0), torch.arange(length)
+    queries = torch.tensor([[length // 2], [length - 1]])
+    seen = torch.as_tensor(mask_function(zero, zero, queries, keys)).expand(2, length)
+    widths = seen.sum(-1, keepdim=True)
+    middle, last = widths.flatten().tolist()
+    sliding = middle == min(last, length // 2 + 1) and torch.equal(seen, (keys <= queries) & (keys > queries - widths))
+    return int(last) if sliding else None
+
+
+_constant_width = functools.lru_cache(maxsize=64)(_width)
 
 
 def _window_of(module: nn.Module, mask: torch.Tensor) -> int:
