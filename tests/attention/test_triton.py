@@ -92,13 +92,20 @@ def test_span_focus_matches_the_reference_under_a_soft_cap(softcap: float, denom
 
 
 @pytest.mark.parametrize("denominator", ["prior", "causal"])
-def test_chosen_query_spans_are_rows_of_the_dense_result(denominator: str) -> None:
+@pytest.mark.parametrize(
+    ("span", "chosen"),
+    [
+        pytest.param(32, [3, 8, 0, 3, 5], id="in-any-order"),
+        pytest.param(32, list(range(9)), id="all-by-name"),
+        pytest.param(150, [1, 0, 1], id="in-pieces"),
+    ],
+)
+def test_chosen_query_spans_are_rows_of_the_dense_result(span: int, chosen: list[int], denominator: str) -> None:
     q, k = queries_and_keys(2, 1, 300, 16)
-    chosen = [3, 8, 0, 3, 5]
-    dense = span_focus(q, k, 32, denominator=denominator, backend="triton")
-    some = span_focus(q, k, 32, denominator=denominator, query_spans=chosen, backend="triton")
+    dense = span_focus(q, k, span, denominator=denominator, backend="triton")
+    some = span_focus(q, k, span, denominator=denominator, query_spans=chosen, backend="triton")
     assert torch.equal(some, dense[:, :, chosen])
-    assert_exact(q, k, 32, denominator=denominator, query_spans=chosen, average_heads=True)
+    assert_exact(q, k, span, denominator=denominator, query_spans=chosen, average_heads=True)
 
 
 @pytest.mark.parametrize("span", [64, 128, 150])

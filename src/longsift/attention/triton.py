@@ -51,13 +51,11 @@ def span_focus(
     """Mass from query to key spans, (batch, heads, Q, J) float32; see `longsift.attention.span_focus`."""
     batch, heads, length, head_dim = q.shape
     n_spans = length // span
+    every = query_spans == range(n_spans)
     tile, warps, stages = _tile(q)
     pieces = -(-span // tile)
     width = -(-span // pieces)
     padded_width = triton.next_power_of_2(width)
-    # The longest query spans first, so that the last program to end is a short one.
-    order = sorted(range(len(query_spans)), key=lambda i: -query_spans[i])
-    work = torch.tensor([order, [query_spans[i] for i in order]], dtype=torch.int32, device=q.device)
     # Rows and columns of a span's pieces: (batch, heads, Q, pieces, J, pieces)
     parts = torch.empty(batch, heads, len(query_spans), pieces, n_spans, pieces, dtype=torch.float32, device=q.device)
     logit_scale = scale if softcap is None else scale / softcap
@@ -65,7 +63,7 @@ def span_focus(
         _span_focus_kernel[(len(query_spans) * pieces * batch * heads,)](
             q,
             k,
-            work,
+            None if every else _longest_first(query_spans, q.device),
             parts,
             *q.stride(),
             *k.stride(),
@@ -85,6 +83,7 @@ def span_focus(
             PIECES=pieces,
             PADDED_WIDTH=padded_width,
             EVEN=pieces * padded_width == span,
+            EVERY=every,
             CAUSAL=denominator == "causal",
             SOFTCAP=softcap is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # the latter concerns float32 alone
@@ -92,6 +91,15 @@ def span_focus(
             num_stages=stages,
         )
     return parts.sum((3, 5)) if pieces > 1 else parts[:, :, :, 0, :, 0]
+
+
+def _longest_first(query_spans: Sequence[int], device: torch.device) -> Tensor:
+    """Where each program writes and which span it measures, (2, Q), so that the last to end is a short one.
+
+    Its copy to the GPU costs as much as a small kernel, so the spans of a whole window go without.
+    """
+    order = sorted(range(len(query_spans)), key=lambda i: -query_spans[i])
+    return torch.tensor([order, [query_spans[i] for i in order]], dtype=torch.int32, device=device)
 
 
 def _tile(q: Tensor) -> tuple[int, int, int]:
@@ -146,7 +154,7 @@ def _add_tile(b_s, b_max, b_sum):
 def _span_focus_kernel(
     p_q,
     p_k,
-    p_work,
+    p_work,  # None when EVERY query span is measured
     p_out,
     stride_qb,
     stride_qh,
@@ -172,6 +180,7 @@ def _span_focus_kernel(
     PIECES: tl.constexpr,
     PADDED_WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
+    EVERY: tl.constexpr,
     CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -181,8 +190,12 @@ def _span_focus_kernel(
     i_work = program // batch_heads // PIECES
     i_batch = program % batch_heads // heads
     i_head = program % heads
-    slot = tl.load(p_work + i_work)
-    query_span = tl.load(p_work + n_query_spans + i_work)
+    if EVERY:
+        slot = n_query_spans - 1 - i_work
+        query_span = slot
+    else:
+        slot = tl.load(p_work + i_work)
+        query_span = tl.load(p_work + n_query_spans + i_work)
     n_spans = length // span
     lead = length % span
     span_start = lead + query_span * span
