@@ -65,11 +65,13 @@ def build_method(name: str, **parameters: Any) -> Method:
     module, _, attribute = METHODS[name].partition(":")
     method = getattr(importlib.import_module(module), attribute)
     given = {key: value for key, value in parameters.items() if value is not None}
-    known = {field.name for field in dataclasses.fields(method)}
+    fields = dataclasses.fields(method)
+    known = {field.name for field in fields}
     foreign = sorted(set(given) - known)
     if foreign:
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in foreign)
-        takes = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(known))
+        flagged = sorted(field.name for field in fields if field.metadata.get("flag", True))
+        takes = ", ".join(f"--{key.replace('_', '-')}" for key in flagged)
         why = "".join(f" {reason}" for key, reason in getattr(method, "needless", {}).items() if key in foreign)
         raise UsageError(f"{flags} does not apply to the method '{name}', which takes {takes}.{why}")
     built: Method = method(**given)

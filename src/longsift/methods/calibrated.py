@@ -165,6 +165,8 @@ class Calibration:
                 Fit(fit["window"], fit["span"], tuple(Feature(**each) for each in fit["features"]), fit["figures"])
                 for fit in content["fits"]
             ]
+            if not fits:
+                raise ValueError("it holds no fit")
             if not all(fit.features and {each.statistic for each in fit.features} <= set(STATISTICS) for fit in fits):
                 raise ValueError("a fit without features, or with an unknown statistic")
             return cls(content["model"], tuple(sorted(fits, key=lambda fit: fit.window)))
@@ -236,7 +238,7 @@ class Calibrated:
     """
 
     calibration: str | None = None
-    digest: str | None = None
+    digest: str | None = field(default=None, metadata={"flag": False})
 
     name: ClassVar[str] = "calibrated"
     calculator: ClassVar[Literal["full"]] = "full"
