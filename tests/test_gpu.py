@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from checkpoints import make_checkpoint
 from longsift.attention import far_statistics, span_focus
+from longsift.calculators.full import FullModel
+from longsift.methods.calibrated import STATISTICS, Calibrated, Calibration, Feature, Fit
 from longsift.scoring import Scorer
 
 pytestmark = [
@@ -36,6 +41,27 @@ def test_a_score_on_the_gpu_is_the_score_on_the_cpu(method):
     cpu, gpu = (Scorer(method, device=device, dtype="float32").measure(ids) for device in ("cpu", "cuda"))
     for name, value in cpu.items():
         assert gpu[name] == pytest.approx(value, rel=2e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_a_calibrated_score_on_the_gpu_is_the_score_on_the_cpu(family: str, tmp_path: Path) -> None:
+    folder = str(make_checkpoint(tmp_path / "model", family, layers=4))
+    # One head; and three that are not evenly spaced, two of which share keys
+    pairs = [(layer, head) for layer, heads in ((1, [2]), (3, [0, 1]), (3, [3])) for head in heads]
+    features = tuple(
+        Feature(layer, head, statistic, mean=-2.0, scale=2.0, weight=1.0)
+        for layer, head in pairs
+        for statistic in STATISTICS
+    )
+    path = tmp_path / "calibration.json"
+    Calibration(FullModel.load(folder).identity(), (Fit(700, 32, features),)).write(path)
+    ids = torch.randint(160, (700,), generator=torch.Generator().manual_seed(0)).numpy()
+    cpu, gpu = (
+        Scorer(Calibrated(str(path)), model=folder, device=device, dtype="float32").measure(ids)
+        for device in ("cpu", "cuda")
+    )
+    for name, value in cpu.items():
+        assert gpu[name] == pytest.approx(value, rel=2e-3, abs=2e-3)
 
 
 def test_the_checkpoint_type_is_used_on_a_gpu_and_gives_nearly_the_same():

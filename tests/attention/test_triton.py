@@ -124,7 +124,10 @@ def test_chosen_heads_have_the_same_bits_as_among_all() -> None:
     q, k = queries_and_keys(6, 2, 400, 32)
     heads = [5, 0, 2]
     some = span_focus(q[:, heads], k[:, [head // 3 for head in heads]], 128, denominator="causal", backend="triton")
-    assert torch.equal(some, span_focus(q, k, 128, denominator="causal", backend="triton")[:, heads])
+    every = span_focus(q, k, 128, denominator="causal", backend="triton")
+    assert torch.equal(some, every[:, heads])
+    shared = k[:, :1].expand(-1, 2, -1, -1)  # heads 0 and 2 as views
+    assert torch.equal(span_focus(q[:, 0:3:2], shared, 128, denominator="causal", backend="triton"), every[:, 0:3:2])
 
 
 @pytest.mark.parametrize("denominator", ["prior", "causal"])
