@@ -418,12 +418,12 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
             for kind in kinds
         ]
 
-    tables = {"unseen documents": lines(result["unseen_documents"])}
+    tables = {"documents": lines(result["unseen_documents"])}
     if result["unseen_groups"]:
-        tables["unseen groups"] = lines(result["unseen_groups"])
+        tables["groups"] = lines(result["unseen_groups"])
     unseen = result["unseen_kinds"]
     return {
         **{key: result[key] for key in ("calibration", "model", "window", "layers", "heads")},
         "unseen kinds of text, mean": round(sum(unseen.values()) / len(unseen), 3) if unseen else None,
-        "AUC, and 95 % interval": tables,
+        **{f"AUC on unseen {what} (95 % interval)": {"": table} for what, table in tables.items()},
     }
