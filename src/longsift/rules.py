@@ -12,7 +12,7 @@ class Term:
 
     Args:
         column: its name.
-        weight: its factor.
+        weight: its factor; 0 for one that reports show beside the score and that is no part of it.
         each: the column holds a list of numbers, as many in every window: the rule's N is taken of each of them by
             itself, and the term is the mean of these.
     """
@@ -41,6 +41,8 @@ class ScoreRule:
         shapes = {"zscore": "Z({})", "minmax": "minmax({})", "none": "{}"}
         formula = ""
         for term in self.terms:
+            if term.weight == 0:
+                continue
             sign = " − " if term.weight < 0 else " + "
             factor = "" if abs(term.weight) == 1 else f"{abs(term.weight):g}·"
             value = shapes[self.normalize].format(term.column)

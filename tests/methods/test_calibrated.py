@@ -174,7 +174,9 @@ class TestScore:
 
     def test_is_selected_as_it_is(self) -> None:
         rule = Calibrated(digest="known").rule()
-        assert (rule.terms, rule.normalize) == ((Term("calibrated", 1.0),), "none")
+        assert (rule.terms[0], rule.normalize) == (Term("calibrated", 1.0), "none")
+        assert [term.weight for term in rule.terms[1:]] == [0]  # far_focus is for people
+        assert rule.describe() == "calibrated"
 
     def test_a_window_that_is_too_short_fails_with_the_number_it_needs(self, scorer: Scorer) -> None:
         with pytest.raises(ModelError, match="shorter than the 128 tokens"):

@@ -315,7 +315,7 @@ class Calibrated:
         return {"calibrated": score, "far_focus": sum(far) / len(far)}
 
     def rule(self) -> ScoreRule:
-        return ScoreRule(terms=(Term("calibrated", 1.0),), normalize="none")
+        return ScoreRule(terms=(Term("calibrated", 1.0), Term("far_focus", 0.0)), normalize="none")
 
 
 @functools.lru_cache(maxsize=64)  # once a length, not once a window

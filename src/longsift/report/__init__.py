@@ -167,7 +167,7 @@ def _unit(choice: Choice) -> str:
         return "standard deviations within the group"
     if choice.rule.normalize == "minmax":
         return "share of the group's range"
-    return " + ".join(term.column for term in choice.rule.terms)
+    return " + ".join(term.column for term in choice.rule.terms if term.weight)
 
 
 def _quarantine(folder: Path) -> list[dict[str, Any]]:
