@@ -6,8 +6,9 @@
 
 Plain is what one would run otherwise: transformers' `AutoModel` with SDPA, no logits and no cache. Stopped is
 longsift's forward to the deepest chosen layer's queries and keys, with no statistics; calibrated adds these, and is
-what `Scorer.measure` takes for one window. SmolLM2's shape has random weights: the time does not depend on them. Where
-no calibration is given, one is made up for the time's sake, with heads spread evenly over the last half of the depth.
+what `Scorer.measure` takes for one window. SmolLM2's shape has random weights: the time does not depend on them. The
+embedded model has its own calibration; for others one is made up for the time's sake where none is given, with heads
+spread evenly over the last half of the depth.
 
 Times are medians; the three take turns. On a GPU they are by CUDA events, without the copy of the ids.
 """
@@ -30,7 +31,7 @@ import transformers
 
 from longsift.calculators.checkpoint import locate
 from longsift.calculators.full import FullModel
-from longsift.methods.calibrated import Calibrated, Calibration, Feature, Fit
+from longsift.methods.calibrated import EMBEDDED, Calibrated, Calibration, Feature, Fit
 from longsift.scoring import Scorer, resolve_device
 
 RESULTS = Path(__file__).parent / "results" / "calibrated_cost.json"
@@ -129,7 +130,9 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2-shape", help="smollm2-shape, embedded, a folder or a hub id")
-    parser.add_argument("--calibration", type=Path, help="a file of `longsift calibrate`; made up by default")
+    parser.add_argument(
+        "--calibration", type=Path, help="a file of `longsift calibrate`; the shipped one for embedded, else made up"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--depth", type=float, default=0.6, help="share of the layers that the forward needs")
     parser.add_argument("--heads", type=int, default=16, help="chosen heads")
@@ -147,8 +150,11 @@ def main() -> None:
         rows = []
         print(f"{'tokens':>7} {'heads':>6} {'plain ms':>10} {'stopped ms':>11} {'calibrated ms':>14} {'ratio':>7}")
         for length in arguments.lengths:
-            calibration = arguments.calibration or made_up_calibration(
-                model, folder, length, arguments.depth, arguments.heads
+            shipped = EMBEDDED if model == "embedded" else None
+            calibration = (
+                arguments.calibration
+                or shipped
+                or made_up_calibration(model, folder, length, arguments.depth, arguments.heads)
             )
             row = measure(model, calibration, length, dtype, arguments.repeats, device)
             rows.append(row)
