@@ -69,6 +69,15 @@ def test_queries_and_keys_are_those_of_the_full_model_bit_for_bit(
         assert (ours.layer, ours.scale, ours.softcap) == (theirs.layer, theirs.scale, theirs.softcap)
 
 
+def test_a_first_layer_without_positions_is_that_of_the_embedded_model() -> None:
+    ids = torch.randint(8192, (1, 1500), generator=torch.Generator().manual_seed(0))
+    ids[0, 700:] = ids[0, :800].clone()  # the same tokens in other places
+    ours = FirstLayer.load("embedded").queries_keys(ids)
+    assert agree_with_full_model(ours, of_full_model("embedded", ids))
+    assert torch.equal(ours.q[:, :, 700:], ours.q[:, :, :800])
+    assert torch.equal(ours.k[:, :, 700:], ours.k[:, :, :800])
+
+
 @pytest.mark.parametrize("family", SLIDING_FIRST)
 def test_a_sliding_first_layer_is_measured_only_within_its_window(
     family: str, checkpoint: Callable[[str], str]
