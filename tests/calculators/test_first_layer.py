@@ -71,11 +71,11 @@ def test_queries_and_keys_are_those_of_the_full_model_bit_for_bit(
 
 def test_a_first_layer_without_positions_is_that_of_the_embedded_model() -> None:
     ids = torch.randint(8192, (1, 1500), generator=torch.Generator().manual_seed(0))
-    ids[0, 700:] = ids[0, :800].clone()  # the same tokens in other places
+    ids[0, 750:] = ids[0, :750]  # the same tokens in other places
     ours = FirstLayer.load("embedded").queries_keys(ids)
     assert agree_with_full_model(ours, of_full_model("embedded", ids))
-    assert torch.equal(ours.q[:, :, 700:], ours.q[:, :, :800])
-    assert torch.equal(ours.k[:, :, 700:], ours.k[:, :, :800])
+    assert torch.equal(ours.q[:, :, 750:], ours.q[:, :, :750])
+    assert torch.equal(ours.k[:, :, 750:], ours.k[:, :, :750])
 
 
 @pytest.mark.parametrize("family", SLIDING_FIRST)
