@@ -13,6 +13,7 @@ import io
 import json
 import pydoc
 import random
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ def manual() -> Iterator[tuple[str, str]]:
     yield "language-reference", "\n\n".join(f"{topic}\n\n{topics[topic]}" for topic in sorted(topics))
     for name in MANUAL.split():
         try:
-            yield name, pydoc.render_doc(name, renderer=pydoc.plaintext)
+            text = pydoc.render_doc(name, renderer=pydoc.plaintext)
+            yield name, re.sub(r" at 0x[0-9a-f]+", "", text)  # addresses differ from run to run
         except ImportError:
             print(f"demo corpus: this Python has no {name}", file=sys.stderr)
 
