@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +59,12 @@ def test_the_stages_of_a_timed_run_are_shares_of_its_minutes():
 def test_a_timed_run_ends_in_time_and_goes_on_where_it_stopped(packed, tmp_path):
     recipe = Recipe(stages=((32, 1), (64, 1)), minutes=0.03, batch_tokens=256, warmup=2)
     state = tmp_path / "state.pt"
-    first = train(packed, CONFIG, recipe, tmp_path, state=state, until=3)
-    began = time.monotonic()
+    first = train(packed, CONFIG, recipe, tmp_path, state=state, until=1)
     rest = train(packed, CONFIG, recipe, tmp_path, state=state)
-    assert len(first) == 3
-    assert len(rest) > 3
-    assert time.monotonic() - began < 10
-    assert np.mean(rest[-3:]) < first[0]
+    kept = torch.load(state, weights_only=True)
+    assert len(first) == 1
+    assert kept["step"] == 1 + len(rest)
+    assert kept["seconds"] >= 60 * recipe.minutes
     assert train(packed, CONFIG, recipe, tmp_path, state=state) == []
 
 
