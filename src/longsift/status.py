@@ -111,7 +111,9 @@ def machine() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": f"cuda ({len(gpus)})" if gpus else "cpu: PyTorch sees no GPU",
-        "attention backend": "blockwise PyTorch",
+        "attention backend": "Triton for spans, blockwise PyTorch for the rest"
+        if gpus and importlib.util.find_spec("triton")
+        else "blockwise PyTorch",
         "embedded calculator": str(locate("embedded").name),
         "libraries": {name: _version(name) for name in libraries},
         "gpus": gpus,
