@@ -45,8 +45,7 @@ def queries_and_keys(
 
 
 def assert_close(measured: torch.Tensor, exact: torch.Tensor, relative: float = RELATIVE) -> None:
-    assert measured.dtype == torch.float32
-    torch.testing.assert_close(measured.double(), exact, rtol=relative, atol=1e-30)
+    torch.testing.assert_close(measured.double(), exact.double(), rtol=relative, atol=1e-30)
 
 
 def assert_far_statistics_exact(q: torch.Tensor, k: torch.Tensor, distance: int, **options: Any) -> None:
@@ -55,6 +54,8 @@ def assert_far_statistics_exact(q: torch.Tensor, k: torch.Tensor, distance: int,
     exact = far_statistics(q.double(), k.double(), distance, backend="reference", **options)
     assert_close(measured.strength, exact.strength)
     assert_close(measured.variance, exact.variance)
+    assert_close(measured.mass, exact.mass)
+    assert_close(measured.squares, exact.squares)
 
 
 def assert_span_focus_exact(q: torch.Tensor, k: torch.Tensor, span: int, **options: Any) -> None:
@@ -80,6 +81,30 @@ def test_far_statistics_match_the_reference(
 def test_far_statistics_match_the_reference_at_any_distance(backend: str, distance: int) -> None:
     q, k = queries_and_keys(4, 2, 300, 16)
     assert_far_statistics_exact(q, k, distance, backend=backend)
+
+
+@pytest.mark.parametrize("skip", [0, 70])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([299], id="last"),
+        pytest.param([0], id="first"),
+        pytest.param([5, 6, 80, 140, 141, 142, 260], id="some"),
+        pytest.param(list(range(3, 300, 8)), id="every-eighth"),
+        pytest.param(list(range(300)), id="all"),
+    ],
+)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_chosen_rows_are_rows_of_the_whole(backend: str, rows: list[int], skip: int) -> None:
+    q, k = queries_and_keys(4, 2, 300, 16)
+    some = torch.tensor(rows)
+    every = far_statistics(q.double(), k.double(), 75, skip=skip, backend="reference")
+    measured = far_statistics(q[:, :, some], k, 75, rows=some, skip=skip, backend=backend)
+    assert_close(measured.mass, every.mass[:, :, some])
+    assert_close(measured.squares, every.squares[:, :, some])
+    assert_close(measured.strength, every.mass[:, :, some].mean(-1))
+    if rows == list(range(300)):
+        assert_close(measured.variance, every.variance)
 
 
 @pytest.mark.parametrize("distance", [1, 100, 400])

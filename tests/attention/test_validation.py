@@ -33,9 +33,7 @@ K = torch.zeros(1, 2, 10, 8)
             "backend must be one of 'auto'",
             id="unknown-backend",
         ),
-        pytest.param(
-            lambda: far_statistics(Q, K, 3, backend="triton"), '"triton" has no far statistics', id="no-kernel-for-it"
-        ),
+        pytest.param(lambda: far_statistics(Q, K, 3, rows=torch.arange(3)), "rows must be the positions", id="rows"),
         pytest.param(
             lambda: span_focus(Q.double(), K.double(), 4, backend="triton"),
             'the backend "triton" (needs|takes) .*; take "auto" or "cpu"',

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from longsift.attention import cpu, reference
@@ -35,10 +36,14 @@ class FarStatistics:
     Attributes:
         strength: LongAttn's dependency strength DS, (batch, heads): mean of the queries' far mass, 0 to 1.
         variance: LongAttn's -DU, (batch, heads): variance of the map whose near part is set to 0.
+        mass: Σ P[n, m] over the far keys of each measured query, (batch, heads, rows).
+        squares: Σ P[n, m]² over the same, (batch, heads, rows).
     """
 
     strength: Tensor
     variance: Tensor
+    mass: Tensor
+    squares: Tensor
 
 
 def far_statistics(
@@ -46,6 +51,7 @@ def far_statistics(
     k: Tensor,
     distance: int,
     *,
+    rows: Tensor | None = None,
     skip: int = 0,
     scale: float | None = None,
     softcap: float | None = None,
@@ -59,35 +65,42 @@ def far_statistics(
     large L.
 
     Args:
-        q: queries after position encoding, (batch, heads, length, head_dim); length ≥ 2.
+        q: queries after position encoding, (batch, heads, length, head_dim); length ≥ 2. Only those at `rows`,
+            (batch, heads, len(rows), head_dim), when that is given.
         k: keys after position encoding, (batch, kv_heads, length, head_dim).
         distance: least query-to-key distance of a far pair, tokens; at `distance ≥ length` no pair is far.
+        rows: ascending positions of the queries, (rows,) int64 on their device, when only some are measured. Then
+            `strength` and `variance` take the mean of these queries for the mean of all. Positions are not looked
+            at, since that would wait for the device: those outside the window give numbers without a meaning.
         skip: keys of the first `skip` tokens, the attention sink, are in no far pair; they stay in the softmax.
         scale: factor of the logits; 1/√head_dim when not given.
         softcap: logits become softcap·tanh(logits/softcap) when given.
         backend: "auto" takes the fastest for the device; "cpu" is blockwise PyTorch, for any device;
-            "reference" holds the map and computes in the dtype of its inputs; "triton" has `span_focus` alone.
+            "reference" holds the map and computes in the dtype of its inputs; "triton" is kernels for a GPU, which
+            "auto" takes where they apply.
 
     Returns:
-        Strength and variance, each (batch, heads), float32 (the input dtype from the reference). Inputs that
-        hold NaN give NaN.
+        Strength and variance in float64, of mass and squares in float32 (in the input dtype from the reference).
+        Inputs that hold NaN give NaN.
 
     Raises:
         ValueError: shapes, dtypes or numbers that do not fit together.
     """
-    _check_queries_and_keys(q, k, softcap)
-    if q.shape[2] < 2:
-        raise ValueError(f"a variance needs a window of at least 2 tokens; got length {q.shape[2]}")
+    _check_queries_and_keys(q, k, softcap, rows)
+    length = k.shape[2]
+    if length < 2:
+        raise ValueError(f"a variance needs a window of at least 2 tokens; got length {length}")
     if distance < 0:
         raise ValueError(f"distance counts tokens and cannot be negative; got {distance}")
     if skip < 0:
         raise ValueError(f"skip counts tokens and cannot be negative; got {skip}")
-    if backend == "triton":
-        raise ValueError('the backend "triton" has no far statistics; take "auto"')
-    strength, variance = _module(backend, q).far_statistics(
-        q.detach(), k.detach(), distance, skip=skip, scale=_scale(q, scale), softcap=softcap
+    mass, squares = _module(backend, q).far_rows(
+        q.detach(), k.detach(), distance, rows=rows, skip=skip, scale=_scale(q, scale), softcap=softcap
     )
-    return FarStatistics(strength, variance)
+    strength = mass.double().mean(-1)
+    entries = length * length
+    variance = (squares.double().mean(-1) * length - strength.square()) / (entries - 1)
+    return FarStatistics(strength, variance, mass, squares)
 
 
 def span_focus(
@@ -140,7 +153,7 @@ def span_focus(
     outside = [j for j in chosen if not 0 <= j < n_spans]
     if outside or not chosen:
         raise ValueError(f"query_spans must name at least one of the spans 0..{n_spans - 1}; got {outside or 'none'}")
-    focus: Tensor = _module(backend, q, kernels=True).span_focus(
+    focus: Tensor = _module(backend, q).span_focus(
         q.detach(),
         k.detach(),
         span,
@@ -152,13 +165,12 @@ def span_focus(
     return focus.mean(1) if average_heads else focus
 
 
-def _module(backend: str, q: Tensor, *, kernels: bool = False) -> ModuleType:
-    """The backend by its name; `kernels` tells "auto" that there is a GPU kernel for the measure."""
+def _module(backend: str, q: Tensor) -> ModuleType:
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}; got {backend!r}")
     if backend == "reference":
         return reference
-    if backend == "triton" or (backend == "auto" and kernels and q.is_cuda):
+    if backend == "triton" or (backend == "auto" and q.is_cuda):
         refusal = _kernels_refuse(q)
         if refusal is None:
             return importlib.import_module("longsift.attention.triton")
@@ -178,13 +190,19 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
 
 
-def _check_queries_and_keys(q: Tensor, k: Tensor, softcap: float | None) -> None:
+def _check_queries_and_keys(q: Tensor, k: Tensor, softcap: float | None, rows: Tensor | None = None) -> None:
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(
             "q must be (batch, heads, length, head_dim) and k (batch, kv_heads, length, head_dim); "
             f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    if (q.shape[0], q.shape[2], q.shape[3]) != (k.shape[0], k.shape[2], k.shape[3]) or 0 in q.shape:
+    if rows is not None and (rows.shape != q.shape[2:3] or rows.dtype != torch.int64 or rows.device != q.device):
+        raise ValueError(
+            "rows must be the positions of the queries, (rows,) int64 on their device; "
+            f"got {tuple(rows.shape)} {rows.dtype} on {rows.device} for q {tuple(q.shape)} on {q.device}"
+        )
+    same_length = rows is not None or q.shape[2] == k.shape[2]
+    if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or not same_length or 0 in q.shape:
         raise ValueError(
             "q and k must agree in batch, length and head_dim, none of them 0; "
             f"got q {tuple(q.shape)} and k {tuple(k.shape)}"

@@ -33,29 +33,35 @@ ALIGNMENT = 64  # tiles of other widths take up to a tenth longer
 Block = TypeVar("Block")
 
 
-def far_statistics(
-    q: Tensor, k: Tensor, distance: int, *, skip: int = 0, scale: float, softcap: float | None = None
+def far_rows(
+    q: Tensor,
+    k: Tensor,
+    distance: int,
+    *,
+    rows: Tensor | None = None,
+    skip: int = 0,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Strength and variance, each (batch, heads) float32; see `longsift.attention.far_statistics`."""
-    batch, heads, length, _ = q.shape
+    """Far mass and squares of every query, each (batch, heads, rows) float32; see `longsift.attention`."""
+    batch, heads, count, _ = q.shape
     kv_heads = k.shape[1]
-    grouped = q.view(batch, kv_heads, -1, *q.shape[2:])  # (batch, kv_heads, group, length, head_dim)
-    rows = _rows(heads // kv_heads)
-    starts = range(0, length, rows)[::-1]  # the longest first, so that the last block to end is a short one
-    sums = torch.zeros(2, batch, kv_heads, heads // kv_heads, dtype=torch.float64)
+    grouped = q.view(batch, kv_heads, -1, *q.shape[2:])  # (batch, kv_heads, group, rows, head_dim)
+    positions = torch.arange(count, device=q.device) if rows is None else rows
+    step = _rows(heads // kv_heads)
+    starts = range(0, count, step)[::-1]  # the longest first, so that the last block to end is a short one
+    sums = torch.empty(2, batch, kv_heads, heads // kv_heads, count, device=q.device)
     for b, h in product(range(batch), range(kv_heads)):
         keys = _with_ones(k[b, h])
 
         def measure(start: int, queries: Tensor = grouped[b, h], keys: Tensor = keys) -> Tensor:
-            block = queries[:, start : start + rows]
-            return _far_block(_Rows(block, scale, softcap), keys, start, block.shape[1], distance, skip)
+            block = queries[:, start : start + step]
+            return _far_block(_Rows(block, scale, softcap), keys, positions[start : start + step], distance, skip)
 
-        for part in map_blocks(measure, starts, q.device):
-            sums[:, b, h] += part
-    mass, squares = sums.flatten(2)
-    entries = length * length
-    variance = (squares - mass.square() / entries) / (entries - 1)
-    return (mass / length).float().to(q.device), variance.float().to(q.device)
+        for start, part in zip(starts, map_blocks(measure, starts, q.device), strict=True):
+            sums[:, b, h, :, start : start + step] = part
+    mass, squares = sums.flatten(2, 3)
+    return mass, squares
 
 
 def span_focus(
@@ -98,13 +104,13 @@ def span_focus(
     return focus.flatten(1, 2)
 
 
-def _far_block(queries: _Rows, keys: Tensor, start: int, positions: int, distance: int, skip: int) -> Tensor:
-    """Σ P and Σ P² over the far pairs of the queries at `start`: (2, group) in float64."""
-    end = start + positions
+def _far_block(queries: _Rows, keys: Tensor, positions: Tensor, distance: int, skip: int) -> Tensor:
+    """Σ P and Σ P² over the far keys of each query at `positions`, ascending: (2, group, rows) in float64."""
+    query = positions[:, None]
+    start, end = int(positions[0]), int(positions[-1]) + 1
     # The keys before `all_far` are far from every row; those from `some_far` on are far from none.
     # Those before `skip` are left out.
     all_far, some_far = start - distance + 1, end - distance
-    query = torch.arange(start, end, device=keys.device)[:, None]
     tiles: list[tuple[Tensor, Tensor | None]] = []
     nearest = 0  # the first tile of the queries' own positions
     for first, last in _tiles(all_far, some_far, start, end, skip):
@@ -132,7 +138,7 @@ def _far_block(queries: _Rows, keys: Tensor, start: int, positions: int, distanc
     total, far, norm = _within_range(queries, tiles, nearest, sums)
     mass = total.sum(0)
     per_row = torch.stack((far.sum(0) / mass, norm.square().sum(0) / mass.square()))
-    return per_row.view(2, queries.group, -1).sum(-1).cpu()
+    return per_row.view(2, queries.group, -1)
 
 
 def _focus_block(queries: _Rows, keys: Tensor, start: int, lead: int, span: int) -> Tensor:

@@ -32,15 +32,23 @@ def attention_map(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> 
     return attention_logits(q, k, scale, softcap).masked_fill(future, -torch.inf).softmax(-1)
 
 
-def far_statistics(
-    q: Tensor, k: Tensor, distance: int, *, skip: int = 0, scale: float, softcap: float | None = None
+def far_rows(
+    q: Tensor,
+    k: Tensor,
+    distance: int,
+    *,
+    rows: Tensor | None = None,
+    skip: int = 0,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Strength and variance, each (batch, heads); see `longsift.attention.far_statistics`."""
-    length = q.shape[2]
-    near = token_distances(length, q.device) < distance
-    near[:, :skip] = True
-    far = attention_map(q, k, scale, softcap).masked_fill(near, 0.0)
-    return far.sum((-1, -2)) / length, far.var((-1, -2), correction=1)
+    """Far mass and squares of every query, each (batch, heads, rows); see `longsift.attention.far_statistics`."""
+    keys = torch.arange(k.shape[2], device=q.device)
+    back = (keys if rows is None else rows)[:, None] - keys
+    p = attention_logits(q, k, scale, softcap).masked_fill(back < 0, -torch.inf).softmax(-1)
+    near = (back < distance) | (keys < skip)
+    far = p.masked_fill(near, 0.0)
+    return far.sum(-1), far.square().sum(-1)
 
 
 def span_focus(
