@@ -51,8 +51,8 @@ class TestMeasure:
             ("cds", Ladm(span=SPAN)),
             ("cds_dense", Ladm(span=SPAN, dense=True, denominator="causal")),
         ):
-            expected = method.measure(meter.calculator, torch.from_numpy(ids.astype(np.int64)))
-            assert values[name] == pytest.approx(expected["cds_layers"], rel=1e-5)
+            expected = method.measure(meter.calculator, torch.from_numpy(ids)[None])
+            assert values[name] == pytest.approx(expected["cds_layers"][0].numpy(), rel=1e-5)
             assert values["layers"].tolist() == expected["layers"]
 
     def test_agrees_with_longattn(self, meter, checkpoint):

@@ -103,6 +103,9 @@ class Watched:
 
         return self.calculator.reduce(ids, counted, layers=layers)
 
+    def each_window(self, ids: torch.Tensor, compute: Callable[..., dict[str, torch.Tensor]], key: object) -> object:
+        return self.calculator.each_window(ids, compute, key)
+
 
 class TestHeadStatistics:
     @pytest.mark.parametrize("n_spans", [8, 9, 11, 15, 32, 33])
@@ -158,12 +161,12 @@ class TestScore:
         called: list[str] = []
         for name, module in whole.calculator._network.named_modules():
             module.register_forward_hook(lambda *_, name=name: called.append(name))
-        measured = Calibrated.measure(scorer.method, whole, torch.from_numpy(window()))
+        measured = Calibrated.measure(scorer.method, whole, torch.from_numpy(window())[None])
         assert whole.measured == {0: 1, 2: 2}  # of 5 layers of 4 heads
         assert "layers.1.mlp" in called
         assert not [name for name in called if name.startswith(("layers.2.mlp", "layers.3", "layers.4", "norm"))]
         assert len(scorer.calculator._network.layers) == 3  # those behind are not even loaded
-        assert measured == scorer.measure(window())
+        assert {name: column.item() for name, column in measured.items()} == scorer.measure(window())
 
     def test_does_not_depend_on_what_is_scored_beside_it_or_before(self, scorer: Scorer) -> None:
         windows = [window(seed).tolist() for seed in range(3)]

@@ -86,8 +86,11 @@ def test_the_score_is_what_its_layers_give_one_by_one(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     Calibration(calculator.identity(), (Fit(210, SPAN, features),)).write(path)
     ids = torch.randint(160, (210,), generator=torch.Generator().manual_seed(1))
+    method = Calibrated(str(path))
     with torch.inference_mode():
-        measured = Calibrated(str(path)).measure(calculator, ids)
+        measured = method.measure(calculator, ids[None])
+        beside = method.measure(calculator, torch.stack([ids.flip(0), ids]))
+    assert all(torch.equal(column[1:], measured[name]) for name, column in beside.items())
 
     def statistics(layer: LayerAttention) -> torch.Tensor:
         chosen = [head for of, head in pairs if of == layer.layer]
@@ -101,4 +104,8 @@ def test_the_score_is_what_its_layers_give_one_by_one(tmp_path: Path) -> None:
         value = rows[pairs.index((feature.layer, feature.head))][STATISTICS.index(feature.statistic)]
         z = max(-LARGEST_Z, min(LARGEST_Z, (math.log(value + SMALLEST) - feature.mean) / feature.scale))
         score += feature.weight * z + feature.square * z * z
-    assert measured == {"calibrated": score, "far_focus": sum(row[0] for row in rows) / len(rows)}
+    assert {name: (column.dtype, column.shape) for name, column in measured.items()} == dict.fromkeys(
+        ("calibrated", "far_focus"), (torch.float64, (1,))
+    )
+    assert measured["calibrated"].item() == pytest.approx(score, rel=1e-13)
+    assert measured["far_focus"].item() == pytest.approx(sum(row[0] for row in rows) / len(rows), rel=1e-13)

@@ -6,7 +6,9 @@ import statistics
 import pytest
 import torch
 
+from checkpoints import make_checkpoint
 from longsift.calculators import LayerAttention
+from longsift.calculators.full import FullModel
 from longsift.errors import UsageError
 from longsift.methods import build_method
 from longsift.methods.ladm import Ladm
@@ -21,6 +23,12 @@ class OneLayer:
 
     def reduce(self, input_ids, reduction):
         return {0: reduction(self.layer)}
+
+    def each_window(self, input_ids, compute, key):
+        return {name: column[None] for name, column in compute(input_ids).items()}
+
+    def global_layers(self, length):
+        return (0,)
 
 
 def literal_cds(q, k, method: Ladm) -> float:
@@ -58,9 +66,23 @@ def test_the_score_is_the_published_formula(length, denominator, ablation, strid
     torch.manual_seed(length)
     q, k = torch.randn(1, 4, length, 8) * 2, torch.randn(1, 2, length, 8) * 2
     method = Ladm(span=8, d_afs=strides[0], d_cds=strides[1], ablation=ablation, denominator=denominator)
-    measured = method.measure(OneLayer(q, k), torch.zeros(length, dtype=torch.long))
-    assert measured["cds"] == pytest.approx(literal_cds(q, k, method), rel=1e-5)
+    measured = method.measure(OneLayer(q, k), torch.zeros(1, length, dtype=torch.long))
+    assert measured["cds"].dtype == torch.float64
+    assert measured["cds"].tolist() == [measured["cds_layers"].item()]
+    assert measured["cds"].item() == pytest.approx(literal_cds(q, k, method), rel=1e-5)
     assert measured["layers"] == [0]
+
+
+def test_windows_of_a_batch_are_measured_as_if_alone(tmp_path):
+    calculator = FullModel.load(str(make_checkpoint(tmp_path, "gemma2", layers=4)))
+    ids = torch.randint(160, (3, 250), generator=torch.Generator().manual_seed(0))
+    method = Ladm(span=8, d_afs=2)
+    together, alone = method.measure(calculator, ids), [method.measure(calculator, row[None]) for row in ids]
+    assert together["layers"] == [1, 3]
+    assert together["cds_layers"].shape == (3, 2)
+    assert len(set(together["cds"].tolist())) == 3
+    for name in ("cds", "cds_layers"):
+        assert torch.equal(together[name], torch.cat([row[name] for row in alone]))
 
 
 def test_dense_measures_every_pair_of_spans():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -174,6 +174,23 @@ class FullModel:
 
         run(self._network, ids, observer)
         return results
+
+    def each_window(
+        self, input_ids: torch.Tensor, compute: Callable[[torch.Tensor], dict[str, torch.Tensor]], key: Hashable
+    ) -> dict[str, torch.Tensor]:
+        """Apply `compute` to each window of a batch by itself: a forward of several would give other bits.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            compute: from a window, (1, length), to tensors that depend on nothing but its ids and its length.
+            key: equal for what computes the same.
+
+        Returns:
+            The tensors of all windows by name, the windows being the first dimension; on the model's device.
+        """
+        ids = check_ids(input_ids, self.vocab_size, self._device)
+        measured = [compute(ids[i : i + 1]) for i in range(len(ids))]
+        return {name: torch.stack([columns[name] for columns in measured]) for name in measured[0]}
 
     def identity(self) -> dict[str, Any]:
         """What tells this calculator from others, wherever it lies: its weights, and the RoPE base if overridden."""

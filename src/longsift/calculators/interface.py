@@ -294,6 +294,8 @@ def choose_dtype(config: Any, device: torch.device, dtype: torch.dtype | None) -
 def check_ids(input_ids: torch.Tensor, vocab_size: int, device: torch.device) -> torch.Tensor:
     """`input_ids` on `device`, when they are what a model of that vocabulary can read.
 
+    Ids that lie on a GPU are taken as they are, since looking at them would wait for it: check them before.
+
     Raises:
         ModelError: not (batch, length) integers with a token at least, or an id outside the vocabulary.
     """
@@ -301,13 +303,14 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int, device: torch.device) ->
         raise ModelError(
             f"Token ids must be integers of shape (batch, length), not {input_ids.dtype} {tuple(input_ids.shape)}."
         )
-    low, high = (int(x) for x in input_ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        worst = low if low < 0 else high
-        raise ModelError(
-            f"Token id {worst} is outside the model's vocabulary of {vocab_size}. "
-            "Tokenise with the tokenizer of the model that scores."
-        )
+    if input_ids.device.type == "cpu":
+        low, high = (int(x) for x in input_ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            worst = low if low < 0 else high
+            raise ModelError(
+                f"Token id {worst} is outside the model's vocabulary of {vocab_size}. "
+                "Tokenise with the tokenizer of the model that scores."
+            )
     return input_ids.to(device=device, dtype=torch.int64)
 
 

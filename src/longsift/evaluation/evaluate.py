@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from longsift import __version__
 from longsift.calculators.full import FullModel
@@ -21,7 +22,7 @@ from longsift.errors import UsageError
 from longsift.evaluation.auc import Interval, aucs, resampled_aucs
 from longsift.evaluation.controls import PAIRED
 from longsift.evaluation.signals import Meter, Signals, draw_samples, measure_samples
-from longsift.methods.calibrated import EMBEDDED, LARGEST_Z, SMALLEST, STATISTICS, Calibration, Fit
+from longsift.methods.calibrated import EMBEDDED, STATISTICS, Calibration, Fit, weigh
 from longsift.methods.longattn import LongAttn
 from longsift.options import ControlOptions, MeterOptions, ModelOptions
 from longsift.shards import write_json
@@ -203,12 +204,10 @@ def calibrated_scores(signals: Signals, fit: Fit) -> Floats:
         raise UsageError(
             f"The calibration looks at the layers {missing}, which do not see a whole window of this length."
         )
-    score: Floats = np.zeros(len(signals))
-    for feature in fit.features:
-        place = signals.layers.index(feature.layer), feature.head, STATISTICS.index(feature.statistic)
-        value = np.log(signals.values["heads"][:, *place] + SMALLEST)
-        z = np.clip((value - feature.mean) / feature.scale, -LARGEST_Z, LARGEST_Z)
-        score += feature.weight * z + feature.square * z * z
+    places = [(signals.layers.index(each.layer), each.head, STATISTICS.index(each.statistic)) for each in fit.features]
+    layers, heads, statistics = zip(*places, strict=True)
+    values = signals.values["heads"][:, layers, heads, statistics]
+    score: Floats = weigh(fit.features, torch.from_numpy(values)).numpy()
     return score
 
 

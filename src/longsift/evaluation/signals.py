@@ -179,8 +179,8 @@ class Meter:
             focus = span_focus(layer.q, layer.k, self.span, denominator="causal", **sees)[0]  # type: ignore[arg-type]
             kept["heads"] = head_statistics(focus / self.span)
         if "ladm" in self.methods:
-            dense = focus.mean(0)[self._dense.query_spans(length)].double()
-            kept["cds_dense"] = torch.tensor(self._dense.contextual_dependency(dense, length))
+            dense = focus.mean(0)[list(self._dense.query_spans(length))].double()
+            kept["cds_dense"] = self._dense.contextual_dependency(dense, length)
             sampled = span_focus(
                 layer.q,
                 layer.k,
@@ -190,7 +190,7 @@ class Meter:
                 average_heads=True,
                 **sees,  # type: ignore[arg-type]
             )[0]
-            kept["cds"] = torch.tensor(self._published.contextual_dependency(sampled.double(), length))
+            kept["cds"] = self._published.contextual_dependency(sampled.double(), length)
         if layer.layer == 0 and "longattn" in self.methods:
             kept |= _first_layer(layer)
         return kept

@@ -204,6 +204,38 @@ class Calibration:
                 )
 
 
+def weigh(features: tuple[Feature, ...], values: torch.Tensor) -> torch.Tensor:
+    """The score that features add up to.
+
+    Args:
+        features: of a fit.
+        values: their statistics, float64 (..., len(features)).
+
+    Returns:
+        float64 (...).
+    """
+    mean, scale, weight, square = _coefficients(features, values.device)
+    z = (((values + SMALLEST).log() - mean) / scale).clamp(-LARGEST_Z, LARGEST_Z)
+    score: torch.Tensor = (weight * z + square * z * z).sum(-1)
+    return score
+
+
+# On the device once and for good: a copy for every window would wait for the GPU, and recorded forwards read these.
+@functools.cache
+def _coefficients(features: tuple[Feature, ...], device: torch.device) -> torch.Tensor:
+    import torch
+
+    rows = [(each.mean, each.scale, each.weight, each.square) for each in features]
+    return torch.tensor(rows, dtype=torch.float64, device=device).T.contiguous()
+
+
+@functools.cache
+def _places(places: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(places, device=device).T.contiguous()
+
+
 def head_keys(attention: LayerAttention, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries of the given heads and the keys they use, each (batch, len(heads) or its kv heads, length, head_dim)."""
     q, k = attention.q, attention.k
@@ -289,30 +321,28 @@ class Calibrated:
 
         from longsift.attention import span_focus
 
-        length = len(input_ids)
+        length = input_ids.shape[1]
         fit = self.loaded.fit_for(length)
         if length < 8 * fit.span:
             raise ModelError(f"shorter than the {8 * fit.span:,} tokens that the calibration needs")
         if fit.window != length:
             _warn_of_length(fit.window, length)
         heads = fit.heads
+        row = {place: i for i, place in enumerate((layer, head) for layer in heads for head in heads[layer])}
+        places = tuple((row[each.layer, each.head], STATISTICS.index(each.statistic)) for each in fit.features)
 
         def reduce(layer: LayerAttention) -> torch.Tensor:
             q, k = head_keys(layer, heads[layer.layer])
             return span_focus(q, k, fit.span, scale=layer.scale, softcap=layer.softcap, denominator="causal")[0]
 
-        # The statistics are many small operations: once for all heads, and one wait for the GPU, at the end.
-        focus = calculator.reduce(input_ids[None], reduce, layers=tuple(heads))
-        statistics = head_statistics(torch.cat([focus[layer] for layer in heads]) / fit.span).tolist()
-        measured = dict(zip(((layer, head) for layer in heads for head in heads[layer]), statistics, strict=True))
-        score = 0.0
-        for feature in fit.features:
-            statistic = measured[feature.layer, feature.head][STATISTICS.index(feature.statistic)]
-            z = (math.log(statistic + SMALLEST) - feature.mean) / feature.scale
-            z = max(-LARGEST_Z, min(LARGEST_Z, z))
-            score += feature.weight * z + feature.square * z * z
-        far = [row[0] for row in measured.values()]
-        return {"calibrated": score, "far_focus": sum(far) / len(far)}
+        def columns(window: torch.Tensor) -> dict[str, torch.Tensor]:
+            focus = calculator.reduce(window, reduce, layers=tuple(heads))
+            # The statistics are many small operations: once for all heads.
+            statistics = head_statistics(torch.cat([focus[layer] for layer in heads]) / fit.span)
+            chosen = statistics[tuple(_places(places, statistics.device))]
+            return {"calibrated": weigh(fit.features, chosen), "far_focus": statistics[:, 0].mean()}
+
+        return calculator.each_window(input_ids, columns, key=self)
 
     def rule(self) -> ScoreRule:
         return ScoreRule(terms=(Term("calibrated", 1.0), Term("far_focus", 0.0)), normalize="none")

@@ -76,12 +76,14 @@ class Ladm:
         return 2 * self.span + 4 * self.span * self.d_afs + 1
 
     def measure(self, calculator: FullModel, input_ids: torch.Tensor) -> dict[str, Any]:
+        import torch
+
         from longsift.attention import span_focus
 
-        length = len(input_ids)
+        length = input_ids.shape[1]
         query_spans = self.query_spans(length)
 
-        def reduce(layer: LayerAttention) -> float:
+        def reduce(layer: LayerAttention) -> torch.Tensor:
             focus = span_focus(
                 layer.q,
                 layer.k,
@@ -94,21 +96,21 @@ class Ladm:
             )
             return self.contextual_dependency(focus[0].double(), length)
 
-        layers = calculator.reduce(input_ids[None], reduce)
+        def columns(window: torch.Tensor) -> dict[str, torch.Tensor]:
+            layers = torch.stack([*calculator.reduce(window, reduce).values()])
+            return {"cds": layers.mean(), "cds_layers": layers}
+
         return {
-            "cds": sum(layers.values()) / len(layers),
-            "cds_layers": list(layers.values()),
-            "layers": list(layers),
+            **calculator.each_window(input_ids, columns, key=self),
+            "layers": list(calculator.global_layers(length)),
         }
 
-    def query_spans(self, length: int) -> list[int]:
+    def query_spans(self, length: int) -> range:
         """Indices of the query spans of a window, last first; spans are aligned to the window's end."""
-        offset = length % self.span
-        first_start = self.span + 4 * self.span * self.d_afs
-        last = length // self.span - 1
-        return [j for j in range(last, 0, -self.d_cds) if offset + j * self.span > first_start]
+        first_start = self.span + 4 * self.span * self.d_afs  # a query span starts after it
+        return range(length // self.span - 1, (first_start - length % self.span) // self.span, -self.d_cds)
 
-    def contextual_dependency(self, focus: torch.Tensor, length: int) -> float:
+    def contextual_dependency(self, focus: torch.Tensor, length: int) -> torch.Tensor:
         """CDS of one layer.
 
         Args:
@@ -116,11 +118,16 @@ class Ladm:
                 (query_spans, spans).
             length: tokens in the window.
 
+        Returns:
+            A scalar on the device of `focus`, in its dtype.
+
         Source: LADM, section 3; METHODS of the published code (std unbiased, over the unweighted PFS).
         """
         import torch
 
-        query = torch.tensor(self.query_spans(length), device=focus.device)[:, None]
+        spans = self.query_spans(length)
+        # Made where it is used: a copy from the host would have to wait for the GPU.
+        query = torch.arange(spans.start, spans.stop, spans.step, device=focus.device)[:, None]
         key = torch.arange(focus.shape[1], device=focus.device)
         gap = query - key
         compared = (gap > 0) & (gap % self.d_afs == 0) & (key >= 1)  # the first span (the sink) is never a key
@@ -133,7 +140,7 @@ class Ladm:
             start = length % self.span + query[:, 0] * self.span
             total = (pairwise * gap).sum(1) * (self.span / length) * (start / length)
         dependencies = total if self.ablation == "no-std" else spread * total  # AFS
-        return dependencies.mean().item()
+        return dependencies.mean()
 
     def rule(self) -> ScoreRule:
         if self.layer_aggregation == "zscore":
