@@ -71,6 +71,9 @@ class ScoreOptions:
     method: str = _flag("calibrated", "Selection method: calibrated, longattn or ladm.")
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N.")
     dtype: str = _flag("auto", "auto, float32, bfloat16 or float16.")
+    batch_tokens: int | None = _flag(
+        None, "Tokens sent to the device together. Default: 262144 on a GPU, one window on a CPU."
+    )
     calibration: str | None = _flag(
         None, "calibrated: file of `longsift calibrate`. Default: that of the embedded calculator."
     )
@@ -92,10 +95,11 @@ class ScoreOptions:
 
     def __post_init__(self) -> None:
         _check(self, "rope_theta", lambda value: 0 < value < math.inf, "a positive number")
+        _check(self, "batch_tokens", lambda value: value >= 1, "at least 1")
 
     def method_parameters(self) -> dict[str, Any]:
         """The parameters that belong to the method rather than to the calculator."""
-        others = {"method", "device", "dtype", "rope_theta", "layers"}
+        others = {"method", "device", "dtype", "batch_tokens", "rope_theta", "layers"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
 

@@ -1,22 +1,25 @@
 """The Scorer: windows in, score rows out.
 
-A window is measured alone: no padding, no batch neighbour and no restart can change its score.
+Windows of one length go to the device together, up to a number of tokens, and no padding, no batch neighbour and no
+restart can change a score. The next batch is under way before the results of the last one are read.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
+from longsift.batches import Batch, Prefetched, Row, Shard, group_rows, read_rows
 from longsift.calculators.checkpoint import Checkpoint, locate
 from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel
@@ -25,13 +28,16 @@ from longsift.errors import ModelError, UsageError
 from longsift.methods import Method, build_method, parameters_of
 from longsift.methods.calibrated import Calibrated
 from longsift.options import ModelOptions, ScoreOptions
-from longsift.tables import SCORE_KEYS, WINDOWS
+from longsift.tables import SCORE_KEYS
 from longsift.windows import WindowTokenizer, window_starts
 
 log = logging.getLogger(__name__)
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_READ_ROWS = 16  # windows held at a time while a shard is read
+_GPU_BATCH_TOKENS = 1 << 18  # eight windows of 32,768: enough that a GPU never waits for the host
+_AHEAD = 4  # batches and ends of shards that are laid out ahead of need
+
+T = TypeVar("T")
 
 
 class Scorer:
@@ -44,6 +50,8 @@ class Scorer:
         dtype: "auto" is float32 on a CPU and the checkpoint's own on a GPU.
         rope_theta: replaces the calculator's RoPE base.
         layers: ladm only: the layers to measure, by index; default all that attend globally.
+        batch_tokens: tokens of the windows that are sent to the device together; default 262,144 on a GPU, and one
+            window at a time on a CPU. It changes the speed and the memory, never a score.
         parameters: the method's own (`alpha`, `span`, …).
 
     Raises:
@@ -62,6 +70,7 @@ class Scorer:
         rope_theta: float | None = None,
         layers: Sequence[int] | None = None,
         trust_remote_code: bool = False,
+        batch_tokens: int | None = None,
         **parameters: Any,
     ) -> None:
         self.method = build_method(method, **parameters) if isinstance(method, str) else method
@@ -70,21 +79,26 @@ class Scorer:
         self.model = model
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.device = resolve_device(device)
+        on_gpu = self.device.type == "cuda"
+        self.batch_tokens = batch_tokens or (_GPU_BATCH_TOKENS if on_gpu else 1)
+        self._most: dict[int, int] = {}  # windows of a length that fit in the memory together, where not all did
         options: dict[str, Any] = {
             "revision": revision,
-            "device": resolve_device(device),
+            "device": self.device,
             "dtype": resolve_dtype(dtype),
             "rope_theta": rope_theta,
             "trust_remote_code": trust_remote_code,
         }
         self._tokenizer: WindowTokenizer | None = None
         self.calculator: FirstLayer | FullModel
-        if self.method.calculator == "first_layer":
-            self.calculator = FirstLayer.load(model, **options)
-        else:
-            calibrated = _calibrated(self.method)
-            chosen = calibrated.layers() if calibrated else layers
-            self.calculator = FullModel.load(model, layers=chosen, **options)
+        with self._on_device():
+            if self.method.calculator == "first_layer":
+                self.calculator = FirstLayer.load(model, **options)
+            else:
+                calibrated = _calibrated(self.method)
+                chosen = calibrated.layers() if calibrated else layers
+                self.calculator = FullModel.load(model, layers=chosen, **options)
 
     @classmethod
     def from_options(cls, model: ModelOptions, options: ScoreOptions) -> Scorer:
@@ -98,6 +112,7 @@ class Scorer:
             rope_theta=options.rope_theta,
             layers=parse_layers(options.layers),
             trust_remote_code=model.trust_remote_code,
+            batch_tokens=options.batch_tokens,
             **options.method_parameters(),
         )
 
@@ -108,30 +123,56 @@ class Scorer:
             The method's columns, by name.
 
         Raises:
-            ModelError: the window cannot be measured (too short, foreign ids, not finite).
+            ModelError: the window cannot be measured (too short, foreign ids, not finite, too long for the memory).
         """
-        if len(input_ids) < self.method.shortest():
-            raise ModelError(f"shorter than the {self.method.shortest():,} tokens that {self.method.name} needs")
-        ids = torch.from_numpy(np.asarray(input_ids, dtype=np.int64))
-        with torch.inference_mode():
-            measures = self.method.measure(self.calculator, ids)
-        if not all(map(math.isfinite, _floats(measures))):
-            raise ModelError("the measures are not finite")
-        return measures
+        result = self.measure_batch([input_ids])[0]
+        if isinstance(result, ModelError):
+            raise result
+        return result
 
-    def score_shard(self, windows: Path, advance: Callable[[int, bool], None] | None = None) -> pa.Table:
-        """Measure the windows of one Parquet file; the rows come back in the file's order.
+    def measure_batch(
+        self, windows: Sequence[Sequence[int] | npt.NDArray[np.int32]]
+    ) -> list[dict[str, Any] | ModelError]:
+        """Measure windows of token ids, of any lengths; a window's measures are the same bits as if it were alone.
+
+        Returns:
+            For every window the method's columns by name, or why it cannot be measured.
+        """
+        rows = [Row({}, np.asarray(ids), len(ids)) for ids in windows]
+        for _ in self._run(self._prepare(rows)):
+            pass
+        return [_result(row) for row in rows]
+
+    def score_shards(
+        self, windows: Iterable[Path], advance: Callable[[int, bool], None] | None = None
+    ) -> Iterator[tuple[Path, pa.Table]]:
+        """Measure the windows of Parquet files; files are read, and batches laid out, while others are measured.
 
         Args:
-            advance: called after every window with its tokens and whether it was measured.
+            windows: is iterated in a thread.
+            advance: called for every window with its tokens and whether it was measured.
+
+        Yields:
+            Each file and its scores, in the file's order.
         """
-        rows = []
-        for keys, input_ids in _read_windows(windows):
-            row = self._row(keys, input_ids)
-            rows.append(row)
-            if advance is not None:
-                advance(len(input_ids), row["status"] == "ok")
-        return pa.Table.from_pylist(rows, schema=self.schema())
+
+        def stream() -> Iterator[Batch | Row | Shard]:
+            for path in windows:
+                shard = Shard(path)
+                yield from self._prepare(shard.keep(read_rows(path)))
+                yield shard
+
+        with Prefetched(stream(), _AHEAD, self._on_device) as prefetched:
+            for item in self._run(prefetched, prefetched.ready):
+                if isinstance(item, Shard):
+                    yield item.path, self._table(item.rows)
+                elif advance is not None:
+                    for row in item.rows if isinstance(item, Batch) else [item]:
+                        advance(row.n_tokens, not isinstance(row.result, ModelError))
+
+    def score_shard(self, windows: Path, advance: Callable[[int, bool], None] | None = None) -> pa.Table:
+        """Measure the windows of one Parquet file; the rows come back in the file's order."""
+        return next(table for _, table in self.score_shards([windows], advance))
 
     def score(
         self,
@@ -151,13 +192,15 @@ class Scorer:
         Returns:
             A table of scores (see `longsift.tables`), whose doc_id is the item's position.
         """
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
         for i, item in enumerate(windows):
             keys: dict[str, Any] = {"doc_id": str(i), "group": groups[i] if groups is not None else "all"}
             cuts = self._cut(item, window) if isinstance(item, str) else [np.asarray(item, dtype=np.int32)]
             for index, ids in enumerate(cuts):
-                rows.append(self._row({**keys, "window_id": f"{i}:{index}", "n_tokens": len(ids)}, ids))
-        return pa.Table.from_pylist(rows, schema=self.schema())
+                rows.append(Row({**keys, "window_id": f"{i}:{index}", "n_tokens": len(ids)}, ids, len(ids)))
+        for _ in self._run(self._prepare(rows)):
+            pass
+        return self._table(rows)
 
     def select(self, scores: pa.Table, *, keep: float | None = None, budget: int | None = None) -> pa.Table:
         """Keep the best windows of every group of a table of `score`.
@@ -192,17 +235,204 @@ class Scorer:
         """The calculator as it was loaded, for a manifest."""
         return self.calculator.describe()
 
-    def _row(self, keys: dict[str, Any], input_ids: npt.NDArray[np.int32]) -> dict[str, Any]:
+    def _on_device(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _table(self, rows: Sequence[Row]) -> pa.Table:
+        table = []
+        for row in rows:
+            result = _result(row)
+            failed = isinstance(result, ModelError)
+            state = {"status": "failed", "reason": str(result)} if failed else {"status": "ok"}
+            table.append(row.keys | state | ({} if isinstance(result, ModelError) else result))
+        return pa.Table.from_pylist(table, schema=self.schema())
+
+    def _prepare(self, rows: Iterable[Row]) -> Iterator[Batch | Row]:
+        """Batches of the windows that can be measured, and the rows of those that cannot."""
+        refused: deque[Row] = deque()
+
+        def fit() -> Iterator[Row]:
+            for row in rows:
+                row.result = self._refusal(row)
+                if row.result is None:
+                    yield row
+                else:
+                    refused.append(row)
+
+        for batch in group_rows(fit(), self.batch_tokens, pinned=self.device.type == "cuda"):
+            yield batch
+            while refused:
+                yield refused.popleft()
+        yield from refused
+
+    def _refusal(self, row: Row) -> ModelError | None:
+        if row.n_tokens < self.method.shortest():
+            return ModelError(f"shorter than the {self.method.shortest():,} tokens that {self.method.name} needs")
+        assert row.input_ids is not None
+        low, high, size = int(row.input_ids.min()), int(row.input_ids.max()), self.calculator.vocab_size
+        if low < 0 or high >= size:
+            return ModelError(
+                f"Token id {low if low < 0 else high} is outside the model's vocabulary of {size}. "
+                "Tokenise with the tokenizer of the model that scores."
+            )
+        return None
+
+    def _run(self, stream: Iterator[T], ready: Callable[[], bool] = lambda: True) -> Iterator[T]:
+        """Measure the batches of a stream and give its items back in their order, batches when their rows have results.
+
+        A batch is read back after the next one is under way, or when there is no next one yet.
+
+        Args:
+            ready: whether the next item of the stream is there without a wait.
+        """
+        under_way: deque[tuple[T, list[_Flight]]] = deque()
+
+        def waits(flights: list[_Flight]) -> bool:
+            return any(flight.done is not None for flight in flights)
+
+        def landed() -> T:
+            item, flights = under_way.popleft()
+            for flight in flights:
+                flight.land()
+            return item
+
+        while True:
+            while under_way and (len(under_way) > 1 or not waits(under_way[0][1]) or not ready()):
+                yield landed()
+            item = next(stream, None)
+            if item is None:
+                break
+            under_way.append((item, self._launch(item) if isinstance(item, Batch) else []))
+        while under_way:
+            yield landed()
+
+    def _launch(self, batch: Batch) -> list[_Flight]:
+        """Send a batch to the device, in parts where it does not fit as a whole."""
+        length = batch.ids.shape[1]
+        left = deque([batch])
+        flights: list[_Flight] = []
+        released = False  # before this very window was tried again
+        while left:
+            part = left.popleft()
+            size = len(part.rows)
+            if size > (most := self._most.get(length, size)):
+                left.extendleft(reversed(part.parts(most)))
+                continue
+            outcome = self._attempt(part)
+            if isinstance(outcome, _Failure) and outcome.out_of_memory and (size > 1 or not released):
+                self._release()
+                left.appendleft(part)
+                if size > 1:
+                    self._remember(length, size, -(-size // 2))
+                else:
+                    released = True
+                continue
+            if isinstance(outcome, _Flight):
+                flights.append(outcome)
+            elif size > 1:  # perhaps one of them alone is to blame
+                left.extendleft(reversed(part.parts(1)))
+            else:
+                part.rows[0].result = outcome.reason
+            released = False
+        return flights
+
+    def _attempt(self, batch: Batch) -> _Flight | _Failure:
         try:
-            return keys | {"status": "ok"} | self.measure(input_ids)
+            with torch.inference_mode(), self._on_device():
+                ids = batch.ids.to(self.device, non_blocking=True).long()
+                return _Flight.begin(batch.rows, self.method.measure(self.calculator, ids))
         except ModelError as error:
-            return keys | {"status": "failed", "reason": str(error)}
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return keys | {"status": "failed", "reason": f"out of GPU memory at {len(input_ids):,} tokens"}
+            return _Failure(error, out_of_memory=False)
         except Exception as error:
-            error.add_note(f"while measuring window {keys['window_id']!r}")
+            if _is_out_of_memory(error):
+                # Not the error itself: it would keep the frames alive, and with them the tensors.
+                return _Failure(ModelError(f"out of memory at {batch.ids.shape[1]:,} tokens"), out_of_memory=True)
+            _note_windows(error, batch.rows)
             raise
+
+    def _release(self) -> None:
+        """Give back what the allocator holds; batches under way are finished first, since theirs is in use."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+    def _remember(self, length: int, size: int, most: int) -> None:
+        if length not in self._most:
+            log.warning(
+                "%d windows of %d tokens do not fit in the memory together: fewer from now on (--batch-tokens)",
+                size,
+                length,
+            )
+        self._most[length] = most
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Windows that were not measured, and why."""
+
+    reason: ModelError
+    out_of_memory: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """Measures that are being computed and copied back."""
+
+    rows: list[Row]
+    columns: dict[str, torch.Tensor | list[Any]]
+    done: torch.cuda.Event | None
+
+    @classmethod
+    def begin(cls, rows: list[Row], measures: dict[str, torch.Tensor | list[Any]]) -> _Flight:
+        """Begin to copy the measures of `rows` back to the host."""
+        columns = dict(measures)
+        done = None
+        for name, value in measures.items():
+            if isinstance(value, torch.Tensor) and value.is_cuda:
+                columns[name] = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+                # A blocking event waits without keeping a core busy.
+                done = done or torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        if done is not None:
+            done.record()
+        return cls(rows, columns, done)
+
+    def land(self) -> None:
+        """Wait for the measures, and give every row its own."""
+        if self.done is not None:
+            try:
+                self.done.synchronize()
+            except Exception as error:
+                _note_windows(error, self.rows)
+                raise
+        finite = np.ones(len(self.rows), dtype=bool)
+        values: dict[str, list[Any]] = {}
+        for name, column in self.columns.items():
+            if isinstance(column, torch.Tensor):
+                finite &= torch.isfinite(column).reshape(len(self.rows), -1).all(1).numpy()
+                values[name] = column.tolist()
+            else:  # the same for every window
+                values[name] = [column] * len(self.rows)
+        for i, row in enumerate(self.rows):
+            measured = {name: column[i] for name, column in values.items()}
+            row.result = measured if finite[i] else ModelError("the measures are not finite")
+
+
+def _result(row: Row) -> dict[str, Any] | ModelError:
+    assert row.result is not None
+    return row.result
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: PyTorch's own error, or that of a library or driver, which has no type of its own."""
+    texts = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
+def _note_windows(error: Exception, rows: Sequence[Row]) -> None:
+    first, others = rows[0].keys.get("window_id"), len(rows) - 1
+    error.add_note(f"while measuring window {first!r}" + (f" and {others} more of its length" if others else ""))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -308,18 +538,3 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     except ValueError as error:
         raise UsageError(f"--layers takes numbers and ranges such as 4,8,12-15, not '{text}'.") from error
     return tuple(sorted(layers))
-
-
-def _read_windows(path: Path) -> Iterator[tuple[dict[str, Any], npt.NDArray[np.int32]]]:
-    """The keys of every window of a file and its token ids, a few windows in memory at a time."""
-    keys = [name for name in SCORE_KEYS.names if name in WINDOWS.names]
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=_READ_ROWS, columns=[*keys, "input_ids"]):
-            ids = batch.column("input_ids")
-            for i, row in enumerate(batch.select(keys).to_pylist()):
-                yield row, ids[i].values.to_numpy()
-
-
-def _floats(measures: dict[str, Any]) -> Iterator[float]:
-    for value in measures.values():
-        yield from value if isinstance(value, list) else (value,)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import pyarrow as pa
 
 from longsift.errors import UsageError
-from longsift.selection import ScoreRule
+from longsift.rules import ScoreRule
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,23 @@ class Method(Protocol):
         """The least number of tokens of a window that it can measure."""
         ...
 
-    def measure(self, calculator: Any, input_ids: torch.Tensor) -> dict[str, Any]:
-        """Measure one window, `input_ids` of shape (length,); the result has one entry a column."""
+    def measure(self, calculator: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor | list[Any]]:
+        """Measure windows of one length; every window's values are the same bits as if it were measured alone.
+
+        It does not wait for a GPU: results stay there, and the Scorer copies them while the next batch is measured.
+
+        Args:
+            calculator: the model, as the attribute `calculator` says.
+            input_ids: (batch, length) int64, on the calculator's device, all within its vocabulary and at least
+                `shortest()` tokens each.
+
+        Returns:
+            One entry a column: a floating tensor whose first dimension is the batch, or a list that is the same for
+            every window.
+
+        Raises:
+            ModelError: windows of this length cannot be measured.
+        """
         ...
 
     def rule(self) -> ScoreRule:
