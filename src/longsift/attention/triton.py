@@ -1,8 +1,10 @@
-"""Triton kernels, for GPUs: exact, in memory that does not grow with the square of the length.
+"""Triton kernels, for GPUs: exact, in one pass over the keys, in memory linear in the length.
 
-One program measures one query span (or a piece of a long one) of one head, and walks over the keys twice: first
-for the largest logit and the normaliser of each row, then for the mass on each key span. A span longer than a
-tile is cut into equal pieces, whose masses are added up at the end; shorter ones lie side by side in a tile.
+A program measures a block of queries of one head and walks once over the keys. No pass looks for the largest logit of a
+row first and none is carried along: exponentials are taken relative to a logit of the row itself, the largest among
+its first keys and those nearest to it. All but extreme attention stays within float32 that way; a program whose sums
+leave its range looks for the true largest and walks again. So a pair costs one product, one subtraction fused with the
+scale, one exponential and one or two additions, and the products of one block run while another is exponentiated.
 
 Products take the inputs as they are (bfloat16 and float16 on tensor cores, float32 in full) and are accumulated
 in float32. Logits carry a factor log2(e), so that exponentials are powers of 2. Each program alone writes its part
@@ -16,6 +18,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,6 +28,7 @@ from torch import Tensor
 LARGEST_HEAD_DIM = 256
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_PRODUCT = 16  # the least side of a tile that tensor cores take
+SCRATCH_BYTES = 1 << 29  # of the masses by row of a launch
 
 
 def refusal(q: Tensor) -> str | None:
@@ -36,6 +40,53 @@ def refusal(q: Tensor) -> str | None:
     if q.shape[3] > LARGEST_HEAD_DIM:
         return f"takes head_dim up to {LARGEST_HEAD_DIM}; got {q.shape[3]}"
     return None
+
+
+def far_rows(
+    q: Tensor,
+    k: Tensor,
+    distance: int,
+    *,
+    rows: Tensor | None = None,
+    skip: int = 0,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Far mass and squares of every query, each (batch, heads, rows) float32; see `longsift.attention`."""
+    batch, heads, count, head_dim = q.shape
+    q, k = _addressable(q), _addressable(k)
+    shape = _shape(q)
+    sums = torch.empty(2, batch, heads, count, dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        _far_kernel[(triton.cdiv(count, shape.rows) * batch * heads,)](
+            q,
+            k,
+            rows,
+            sums[0],
+            sums[1],
+            *q.stride(),
+            *k.stride(),
+            heads,
+            heads // k.shape[1],
+            batch * heads,
+            count,
+            k.shape[2],
+            min(distance, k.shape[2]),
+            min(skip, k.shape[2]),
+            *_factors(scale, softcap),
+            HEAD_DIM=head_dim,
+            PADDED_DIM=_padded(head_dim),
+            ROWS=shape.rows,
+            TILE=shape.tile,
+            EDGE=shape.tile // 2,
+            EVERY=rows is None,
+            SOFTCAP=softcap is not None,
+            PRECISION=_precision(q),
+            num_warps=shape.warps,
+            num_stages=shape.stages,
+            **_register_limit(shape),
+        )
+    return sums[0], sums[1]
 
 
 def span_focus(
@@ -50,46 +101,57 @@ def span_focus(
 ) -> Tensor:
     """Mass from query to key spans, (batch, heads, Q, J) float32; see `longsift.attention.span_focus`."""
     batch, heads, length, head_dim = q.shape
+    q, k = _addressable(q), _addressable(k)
     n_spans = length // span
-    every = query_spans == range(n_spans)
-    tile, warps, stages = _tile(q)
-    pieces = -(-span // tile)
+    shape = _shape(q)
+    pieces = -(-span // shape.rows)
     width = -(-span // pieces)
     padded_width = triton.next_power_of_2(width)
+    rows = max(padded_width, SMALLEST_PRODUCT)
     # Rows and columns of a span's pieces: (batch, heads, Q, pieces, J, pieces)
     parts = torch.empty(batch, heads, len(query_spans), pieces, n_spans, pieces, dtype=torch.float32, device=q.device)
-    logit_scale = scale if softcap is None else scale / softcap
+    every = query_spans == range(n_spans)
+    work = None if every else _longest_first(query_spans, q.device)
+    of_a_span = batch * heads * pieces
+    at_once = max(SCRATCH_BYTES // (of_a_span * n_spans * pieces * rows * 4), 1)
+    scratch = torch.empty(
+        min(at_once, len(query_spans)) * of_a_span, n_spans * pieces, rows, dtype=torch.float32, device=q.device
+    )
     with torch.cuda.device_of(q):
-        _span_focus_kernel[(len(query_spans) * pieces * batch * heads,)](
-            q,
-            k,
-            None if every else _longest_first(query_spans, q.device),
-            parts,
-            *q.stride(),
-            *k.stride(),
-            heads,
-            heads // k.shape[1],
-            batch * heads,
-            length,
-            span,
-            width,
-            len(query_spans),
-            logit_scale if softcap is not None else logit_scale * math.log2(math.e),
-            0.0 if softcap is None else softcap * math.log2(math.e),
-            HEAD_DIM=head_dim,
-            PADDED_DIM=max(triton.next_power_of_2(head_dim), SMALLEST_PRODUCT),
-            ROWS=max(padded_width, SMALLEST_PRODUCT),
-            TILE=tile,
-            PIECES=pieces,
-            PADDED_WIDTH=padded_width,
-            EVEN=pieces * padded_width == span,
-            EVERY=every,
-            CAUSAL=denominator == "causal",
-            SOFTCAP=softcap is not None,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # the latter concerns float32 alone
-            num_warps=warps,
-            num_stages=stages,
-        )
+        for first in range(0, len(query_spans), at_once):
+            _span_focus_kernel[(min(at_once, len(query_spans) - first) * of_a_span,)](
+                q,
+                k,
+                work,
+                parts,
+                scratch,
+                *q.stride(),
+                *k.stride(),
+                heads,
+                heads // k.shape[1],
+                batch * heads,
+                length,
+                span,
+                width,
+                len(query_spans),
+                first,
+                *_factors(scale, softcap),
+                HEAD_DIM=head_dim,
+                PADDED_DIM=_padded(head_dim),
+                ROWS=rows,
+                TILE=shape.tile,
+                EDGE=shape.tile // 2,
+                PIECES=pieces,
+                PADDED_WIDTH=padded_width,
+                EVEN=pieces * padded_width == span,
+                EVERY=every,
+                CAUSAL=denominator == "causal",
+                SOFTCAP=softcap is not None,
+                PRECISION=_precision(q),
+                num_warps=shape.warps,
+                num_stages=shape.stages,
+                **_register_limit(shape),
+            )
     return parts.sum((3, 5)) if pieces > 1 else parts[:, :, :, 0, :, 0]
 
 
@@ -102,19 +164,53 @@ def _longest_first(query_spans: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor([order, [query_spans[i] for i in order]], dtype=torch.int32, device=device)
 
 
-def _tile(q: Tensor) -> tuple[int, int, int]:
-    """Side of a tile, warps of a program and stages of its pipeline: what fits a processor's shared memory."""
+class _Shape(NamedTuple):
+    """Of a program: queries, keys of a tile, warps, and tiles of keys on their way at once."""
+
+    rows: int
+    tile: int
+    warps: int
+    stages: int
+    registers: int | None = None  # of a thread at most; fewer let two programs share a multiprocessor
+
+
+def _shape(q: Tensor) -> _Shape:
+    """What fits a multiprocessor twice, so that one block is exponentiated while another is multiplied."""
     wide = q.shape[3] > 128
     if q.dtype == torch.float32:
-        return (32 if wide else 64), 4, 1
-    return (64, 4, 2) if wide else (128, 8, 3)
+        return _Shape(32, 32, 4, 1) if wide else _Shape(64, 64, 4, 1)
+    return _Shape(64, 64, 4, 2) if wide else _Shape(128, 128, 8, 2, 128)
+
+
+def _register_limit(shape: _Shape) -> dict[str, int]:
+    """The option for it, which only NVIDIA's compiler has."""
+    return {} if shape.registers is None or torch.version.cuda is None else {"maxnreg": shape.registers}
+
+
+def _factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """The factor of a product and the soft cap, such that logits come out times log2(e)."""
+    return (scale * math.log2(math.e), 0.0) if softcap is None else (scale / softcap, softcap * math.log2(math.e))
+
+
+def _padded(head_dim: int) -> int:
+    return max(triton.next_power_of_2(head_dim), SMALLEST_PRODUCT)
+
+
+def _precision(q: Tensor) -> str:
+    return "ieee" if q.dtype == torch.float32 else "tf32"  # the latter concerns float32 alone
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """`x`, or a copy where an offset within a tile would not fit 32 bits; the tile's own is of 64."""
+    reach = max(x.stride(2), x.stride(3)) * LARGEST_HEAD_DIM
+    return x if reach < 2**31 else x.contiguous()
 
 
 @triton.jit
 def _tile_logits(
     b_q,  # [ROWS, PADDED_DIM]
-    p_k,
-    o_key,  # [TILE]
+    p_tile,  # the first key of the tile
+    o_in_tile,  # [TILE]
     m_key,  # [TILE]: the keys to load
     stride_kl,
     stride_kd,
@@ -128,13 +224,13 @@ def _tile_logits(
 ):
     """Logits · log2(e) of a tile of keys, [ROWS, TILE]; without MASKED, every key is there."""
     o_d = tl.arange(0, PADDED_DIM)
-    p_tile = p_k + o_key.to(tl.int64)[None, :] * stride_kl + o_d[:, None] * stride_kd  # [PADDED_DIM, TILE]
+    p_k = p_tile + (o_in_tile[None, :] * stride_kl + o_d[:, None] * stride_kd)  # [PADDED_DIM, TILE]
     if MASKED:
-        b_k = tl.load(p_tile, mask=m_key[None, :] & (o_d < HEAD_DIM)[:, None], other=0.0)
+        b_k = tl.load(p_k, mask=m_key[None, :] & (o_d < HEAD_DIM)[:, None], other=0.0)
     elif HEAD_DIM == PADDED_DIM:
-        b_k = tl.load(p_tile)
+        b_k = tl.load(p_k)
     else:
-        b_k = tl.load(p_tile, mask=(o_d < HEAD_DIM)[:, None], other=0.0)
+        b_k = tl.load(p_k, mask=(o_d < HEAD_DIM)[:, None], other=0.0)
     b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both infinities too
@@ -143,11 +239,153 @@ def _tile_logits(
 
 
 @triton.jit
-def _add_tile(b_s, b_max, b_sum):
-    """The largest logit and the sum of exponentials of each row, with one more tile."""
-    b_new = tl.maximum(b_max, tl.max(b_s, 1))
-    b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), 1)
-    return b_new, b_sum
+def _partial_sums(b_x, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Sums of a tile over every eighth column, [ROWS, 8]: what one thread holds of a row, added without its peers."""
+    return tl.sum(tl.reshape(b_x, [ROWS, TILE // 8, 8]), 1)
+
+
+# Sums of exponentials up to here leave room for those of their squares, and for as many more.
+LARGEST_SUM = tl.constexpr(2.0**60)
+
+
+@triton.jit
+def _far_kernel(
+    p_q,
+    p_k,
+    p_rows,  # None when EVERY query is measured
+    p_mass,
+    p_squares,
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_kd,
+    heads,
+    group,
+    batch_heads,
+    count,
+    length,
+    distance,
+    skip,
+    scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    EDGE: tl.constexpr,  # keys of a tile where masks take registers
+    EVERY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    i_head_of_batch = program % batch_heads
+    # The blocks that see most keys first, so that the last to end is a short one
+    first_row = (tl.num_programs(0) // batch_heads - 1 - program // batch_heads) * ROWS
+    i_batch = (i_head_of_batch // heads).to(tl.int64)
+    i_head = i_head_of_batch % heads
+    o_row = first_row + tl.arange(0, ROWS)
+    m_row = o_row < count
+    last_row = tl.minimum(first_row + ROWS, count) - 1
+    o_row = tl.minimum(o_row, last_row)  # rows that are not there repeat the last
+    if EVERY:
+        first = first_row
+        last = last_row
+        b_position = o_row
+    else:
+        first = tl.load(p_rows + first_row).to(tl.int32)
+        last = tl.load(p_rows + last_row).to(tl.int32)
+        b_position = tl.load(p_rows + o_row).to(tl.int32)
+    o_d = tl.arange(0, PADDED_DIM)
+    p_q += i_batch * stride_qb + i_head.to(tl.int64) * stride_qh + first_row.to(tl.int64) * stride_ql
+    p_k += i_batch * stride_kb + (i_head // group).to(tl.int64) * stride_kh
+    far_stride_kl = tl.cast(stride_kl, tl.int64)
+    b_q = tl.load(
+        p_q + ((o_row - first_row)[:, None] * stride_ql + o_d[None, :] * stride_qd),
+        mask=(o_d < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    o_in_tile = tl.arange(0, TILE)
+    o_in_edge = tl.arange(0, EDGE)
+
+    # In whole tiles: the keys before k_sink are or may be ones to skip; those up to k_far are far from every row; those
+    # from k_near on are far from none; those up to k_seen are seen by every row.
+    k_end = last + 1
+    k_sink = tl.minimum(tl.cdiv(skip, TILE), tl.cdiv(k_end, TILE)) * TILE
+    k_far = tl.maximum(tl.maximum(first - distance + 1, 0) // TILE * TILE, k_sink)
+    k_near = tl.maximum(tl.cdiv(tl.maximum(last - distance + 1, 0), TILE) * TILE, k_far)
+    k_seen = tl.maximum((first + 1) // TILE * TILE, k_near)
+
+    b_reference = tl.full([ROWS], -float("inf"), tl.float32)
+    for nearest in tl.static_range(2):
+        start = nearest * (first // EDGE * EDGE)
+        o_key = start + o_in_edge
+        b_s_edge = _tile_logits(
+            b_q, p_k + start * far_stride_kl, o_in_edge, o_key < length, stride_kl, stride_kd, scale, softcap,
+            HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+        )  # fmt: skip
+        b_s_edge = tl.where(o_key[None, :] <= b_position[:, None], b_s_edge, -float("inf"))
+        b_reference = tl.maximum(b_reference, tl.max(b_s_edge, 1))
+
+    b_mass = tl.zeros([ROWS], tl.float32)
+    b_squares = tl.zeros([ROWS], tl.float32)
+    b_total = tl.zeros([ROWS], tl.float32)
+    attempt = 0
+    while attempt < 2:
+        b_far_parts = tl.zeros([ROWS, 8], tl.float32)
+        b_square_parts = tl.zeros([ROWS, 8], tl.float32)
+        b_edge_parts = tl.zeros([ROWS, 8], tl.float32)  # the far keys of tiles that hold others too
+        b_rest_parts = tl.zeros([ROWS, 8], tl.float32)  # all keys of tiles that hold others
+        for start in range(k_sink, k_far, TILE):
+            b_s = _tile_logits(
+                b_q, p_k + start * far_stride_kl, o_in_tile, o_in_tile < TILE, stride_kl, stride_kd,
+                scale, softcap, HEAD_DIM, PADDED_DIM, False, SOFTCAP, PRECISION,
+            )  # fmt: skip
+            b_e = tl.exp2(b_s - b_reference[:, None])
+            b_far_parts += _partial_sums(b_e, ROWS, TILE)
+            b_square_parts += _partial_sums(b_e * b_e, ROWS, TILE)
+        for start in range(k_near, k_seen, TILE):
+            b_s = _tile_logits(
+                b_q, p_k + start * far_stride_kl, o_in_tile, o_in_tile < TILE, stride_kl, stride_kd,
+                scale, softcap, HEAD_DIM, PADDED_DIM, False, SOFTCAP, PRECISION,
+            )  # fmt: skip
+            b_rest_parts += _partial_sums(tl.exp2(b_s - b_reference[:, None]), ROWS, TILE)
+        # What lies between: the keys at the boundaries of the skipped, the far and the future ones
+        for i in range(0, k_sink + (k_near - k_far) + (k_end - k_seen), EDGE):
+            start = i + tl.where(i >= k_sink, k_far - k_sink, 0)
+            start += tl.where(i >= k_sink + (k_near - k_far), k_seen - k_near, 0)
+            o_key = start + o_in_edge
+            b_s_edge = _tile_logits(
+                b_q, p_k + start * far_stride_kl, o_in_edge, o_key < length, stride_kl, stride_kd,
+                scale, softcap, HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+            )  # fmt: skip
+            b_s_edge = tl.where(o_key[None, :] <= b_position[:, None], b_s_edge, -float("inf"))
+            b_e_edge = tl.exp2(b_s_edge - b_reference[:, None])
+            b_rest_parts += _partial_sums(b_e_edge, ROWS, EDGE)
+            m_far = (o_key[None, :] <= (b_position - distance)[:, None]) & (o_key >= skip)[None, :]
+            b_e_edge = tl.where(m_far, b_e_edge, 0.0)
+            b_edge_parts += _partial_sums(b_e_edge, ROWS, EDGE)
+            b_square_parts += _partial_sums(b_e_edge * b_e_edge, ROWS, EDGE)
+        b_squares = tl.sum(b_square_parts, 1)
+        b_total = tl.sum(b_far_parts + b_rest_parts, 1)
+        b_mass = tl.sum(b_far_parts + b_edge_parts, 1)
+        attempt += 2
+        if (tl.max(b_total, 0) > LARGEST_SUM) & (attempt == 2):
+            attempt = 1
+            for start in range(0, k_end, EDGE):
+                o_key = start + o_in_edge
+                b_s_edge = _tile_logits(
+                    b_q, p_k + start * far_stride_kl, o_in_edge, o_key < length, stride_kl, stride_kd,
+                    scale, softcap, HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+                )  # fmt: skip
+                b_s_edge = tl.where(o_key[None, :] <= b_position[:, None], b_s_edge, -float("inf"))
+                b_reference = tl.maximum(b_reference, tl.max(b_s_edge, 1))
+    o_out = i_head_of_batch.to(tl.int64) * count + o_row
+    tl.store(p_mass + o_out, b_mass / b_total, mask=m_row)
+    tl.store(p_squares + o_out, b_squares / (b_total * b_total), mask=m_row)
 
 
 @triton.jit
@@ -156,6 +394,7 @@ def _span_focus_kernel(
     p_k,
     p_work,  # None when EVERY query span is measured
     p_out,
+    p_scratch,  # [programs, key pieces, ROWS]: the mass of each row on each piece of a key span, not yet normalised
     stride_qb,
     stride_qh,
     stride_ql,
@@ -171,12 +410,14 @@ def _span_focus_kernel(
     span,
     width,
     n_query_spans,
+    first_work,
     scale,
     softcap,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    EDGE: tl.constexpr,
     PIECES: tl.constexpr,
     PADDED_WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
@@ -187,7 +428,7 @@ def _span_focus_kernel(
 ):
     program = tl.program_id(0)
     piece = program // batch_heads % PIECES
-    i_work = program // batch_heads // PIECES
+    i_work = first_work + program // batch_heads // PIECES
     i_batch = program % batch_heads // heads
     i_head = program % heads
     if EVERY:
@@ -201,81 +442,120 @@ def _span_focus_kernel(
     span_start = lead + query_span * span
 
     first_row = span_start + piece * width
+    last_row = tl.minimum(first_row + width, span_start + span) - 1
     o_row = first_row + tl.arange(0, ROWS)
-    m_row = o_row < tl.minimum(first_row + width, span_start + span)
+    m_row = o_row <= last_row
+    o_row = tl.minimum(o_row, last_row)  # rows that are not there repeat the last
     o_d = tl.arange(0, PADDED_DIM)
-    p_q += i_batch.to(tl.int64) * stride_qb + i_head.to(tl.int64) * stride_qh
+    p_q += i_batch.to(tl.int64) * stride_qb + i_head.to(tl.int64) * stride_qh + first_row.to(tl.int64) * stride_ql
     p_k += i_batch.to(tl.int64) * stride_kb + (i_head // group).to(tl.int64) * stride_kh
+    far_stride_kl = tl.cast(stride_kl, tl.int64)
     b_q = tl.load(
-        p_q + o_row.to(tl.int64)[:, None] * stride_ql + o_d[None, :] * stride_qd,
-        mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :],
+        p_q + ((o_row - first_row)[:, None] * stride_ql + o_d[None, :] * stride_qd),
+        mask=(o_d < HEAD_DIM)[None, :],
         other=0.0,
     )
 
-    # 1. The largest logit and the normaliser of each row, over the keys [0, o_end)
+    # A row sees the keys [0, o_end). A tile of spans holds TILE / PADDED_WIDTH pieces side by side.
+    per_tile: tl.constexpr = TILE // PADDED_WIDTH
+    o_in_tile = tl.arange(0, TILE)
+    o_in_edge = tl.arange(0, EDGE)
+    o_piece = tl.arange(0, per_tile)
+    o_scratch = tl.arange(0, ROWS)
+    all_pieces = n_spans * PIECES
+    before = query_span * PIECES
     if CAUSAL:
         o_end = o_row + 1
-        any_sees = tl.minimum(first_row + width, span_start + span)
-        all_see = tl.minimum(first_row + 1, any_sees)
+        visible = before + PIECES
+        nearest = first_row
     else:
         o_end = tl.zeros([ROWS], tl.int32) + span_start
-        all_see = span_start
-        any_sees = span_start
-    b_max = tl.full([ROWS], -float("inf"), tl.float32)
-    b_sum = tl.zeros([ROWS], tl.float32)
-    o_tile = tl.arange(0, TILE)
-    unmasked = all_see // TILE * TILE
-    for start in range(0, unmasked, TILE):
-        o_key = start + o_tile
-        b_s = _tile_logits(
-            b_q, p_k, o_key, o_key < length, stride_kl, stride_kd, scale, softcap,
-            HEAD_DIM, PADDED_DIM, False, SOFTCAP, PRECISION,
-        )  # fmt: skip
-        b_max, b_sum = _add_tile(b_s, b_max, b_sum)
-    for start in range(unmasked, any_sees, TILE):
-        o_key = start + o_tile
-        b_s = _tile_logits(
-            b_q, p_k, o_key, o_key < length, stride_kl, stride_kd, scale, softcap,
+        visible = before
+        nearest = tl.maximum(span_start - EDGE, 0)
+    p_scratch += program.to(tl.int64) * all_pieces * ROWS
+
+    b_reference = tl.full([ROWS], -float("inf"), tl.float32)
+    for near in tl.static_range(2):
+        start = near * nearest
+        o_edge = start + o_in_edge
+        b_s_edge = _tile_logits(
+            b_q, p_k + start * far_stride_kl, o_in_edge, o_edge < length, stride_kl, stride_kd, scale, softcap,
             HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
         )  # fmt: skip
-        b_s = tl.where(o_key[None, :] < o_end[:, None], b_s, -float("inf"))
-        b_max, b_sum = _add_tile(b_s, b_max, b_sum)
-    # Rows that are not there get no mass.
-    b_normaliser = tl.where(m_row, b_max + tl.log2(b_sum), float("inf"))
+        b_s_edge = tl.where(o_edge[None, :] < o_end[:, None], b_s_edge, -float("inf"))
+        b_reference = tl.maximum(b_reference, tl.max(b_s_edge, 1))
 
-    # 2. The mass on each piece of a key span; a tile holds TILE / PADDED_WIDTH of them side by side
-    per_tile: tl.constexpr = TILE // PADDED_WIDTH
-    o_piece = tl.arange(0, per_tile)
-    all_pieces = n_spans * PIECES
+    unmasked_pieces = before // per_tile * per_tile if EVEN else 0
+    b_total = tl.zeros([ROWS], tl.float32)
+    attempt = 0
+    while attempt < 2:
+        b_total = tl.zeros([ROWS], tl.float32)
+        for start in range(0, tl.minimum(lead, span_start), EDGE):  # the keys before the first span
+            o_edge = start + o_in_edge
+            b_s_edge = _tile_logits(
+                b_q, p_k + start * far_stride_kl, o_in_edge, o_edge < lead, stride_kl, stride_kd,
+                scale, softcap, HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+            )  # fmt: skip
+            b_s_edge = tl.where(o_edge[None, :] < lead, b_s_edge, -float("inf"))
+            b_total += tl.sum(tl.exp2(b_s_edge - b_reference[:, None]), 1)
+        for start in range(0, unmasked_pieces, per_tile):
+            first_key = lead + start * PADDED_WIDTH
+            b_s = _tile_logits(
+                b_q, p_k + first_key * far_stride_kl, o_in_tile, o_in_tile < TILE, stride_kl, stride_kd,
+                scale, softcap, HEAD_DIM, PADDED_DIM, False, SOFTCAP, PRECISION,
+            )  # fmt: skip
+            b_e = tl.exp2(b_s - b_reference[:, None])
+            b_mass = tl.sum(tl.reshape(b_e, [ROWS, per_tile, PADDED_WIDTH]), 2)
+            tl.store(p_scratch + start * ROWS + (o_piece[None, :] * ROWS + o_scratch[:, None]), b_mass)
+            b_total += tl.sum(b_mass, 1)
+        for start in range(unmasked_pieces, visible, per_tile):
+            o_column = start + o_in_tile // PADDED_WIDTH
+            o_from_span = o_column % PIECES * width + o_in_tile % PADDED_WIDTH
+            first_key = lead + start // PIECES * span
+            o_from_first = (o_column // PIECES - start // PIECES) * span + o_from_span
+            o_key = first_key + o_from_first
+            m_key = (o_column < visible) & (o_in_tile % PADDED_WIDTH < width) & (o_from_span < span)
+            b_s = _tile_logits(
+                b_q, p_k + first_key * far_stride_kl, o_from_first, m_key, stride_kl, stride_kd,
+                scale, softcap, HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+            )  # fmt: skip
+            b_s = tl.where(m_key[None, :] & (o_key[None, :] < o_end[:, None]), b_s, -float("inf"))
+            b_e = tl.exp2(b_s - b_reference[:, None])
+            b_mass = tl.sum(tl.reshape(b_e, [ROWS, per_tile, PADDED_WIDTH]), 2)
+            tl.store(
+                p_scratch + start * ROWS + (o_piece[None, :] * ROWS + o_scratch[:, None]),
+                b_mass,
+                mask=(start + o_piece < visible)[None, :],
+            )
+            b_total += tl.sum(b_mass, 1)
+        attempt += 2
+        if (tl.max(b_total, 0) > LARGEST_SUM) & (attempt == 2):
+            attempt = 1
+            for start in range(0, last_row + 1, EDGE):
+                o_edge = start + o_in_edge
+                b_s_edge = _tile_logits(
+                    b_q, p_k + start * far_stride_kl, o_in_edge, o_edge < length, stride_kl, stride_kd,
+                    scale, softcap, HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+                )  # fmt: skip
+                b_s_edge = tl.where(o_edge[None, :] < o_end[:, None], b_s_edge, -float("inf"))
+                b_reference = tl.maximum(b_reference, tl.max(b_s_edge, 1))
+
+    # Only now is the normaliser of a row known. The rows were written by other threads than those that read them.
+    tl.debug_barrier()
+    b_weight = tl.where(m_row, 1.0 / b_total, 0.0)
     row = ((i_batch * heads + i_head).to(tl.int64) * n_query_spans + slot) * PIECES + piece
     p_out += row * all_pieces
-    before = query_span * PIECES
-    visible = before + PIECES if CAUSAL else before
-    unmasked_pieces = before // per_tile * per_tile if EVEN else 0
-    for start in range(0, unmasked_pieces, per_tile):
-        o_key = lead + start * PADDED_WIDTH + o_tile
-        b_s = _tile_logits(
-            b_q, p_k, o_key, o_key < length, stride_kl, stride_kd, scale, softcap,
-            HEAD_DIM, PADDED_DIM, False, SOFTCAP, PRECISION,
-        )  # fmt: skip
-        b_mass = tl.sum(tl.exp2(b_s - b_normaliser[:, None]), 0)
-        b_mass = tl.sum(tl.reshape(b_mass, [per_tile, PADDED_WIDTH]), 1)
-        tl.store(p_out + start + o_piece, b_mass)
-    for start in range(unmasked_pieces, visible, per_tile):
-        o_column_piece = start + o_tile // PADDED_WIDTH
-        o_from_span = o_column_piece % PIECES * width + o_tile % PADDED_WIDTH
-        o_key = lead + o_column_piece // PIECES * span + o_from_span
-        m_key = (o_column_piece < visible) & (o_tile % PADDED_WIDTH < width) & (o_from_span < span)
-        b_s = _tile_logits(
-            b_q, p_k, o_key, m_key, stride_kl, stride_kd, scale, softcap,
-            HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
-        )  # fmt: skip
-        b_s = tl.where(m_key[None, :] & (o_key[None, :] < o_end[:, None]), b_s, -float("inf"))
-        b_mass = tl.sum(tl.exp2(b_s - b_normaliser[:, None]), 0)
-        b_mass = tl.sum(tl.reshape(b_mass, [per_tile, PADDED_WIDTH]), 1)
-        o_out = start + o_piece
-        tl.store(p_out + o_out, tl.where(o_out < visible, b_mass, 0.0), mask=o_out < all_pieces)
+    chunk: tl.constexpr = 16
+    o_chunk = tl.arange(0, chunk)
+    for start in range(0, visible, chunk):
+        o_column = start + o_chunk
+        b_mass = tl.load(
+            p_scratch + start * ROWS + (o_chunk[:, None] * ROWS + o_scratch[None, :]),
+            mask=(o_column < visible)[:, None],
+            other=0.0,
+        )
+        tl.store(p_out + o_column, tl.sum(b_mass * b_weight[None, :], 1), mask=o_column < visible)
     # Pieces that no query of the span sees
     for start in range(visible, all_pieces, TILE):
-        o_out = start + o_tile
+        o_out = start + o_in_tile
         tl.store(p_out + o_out, tl.zeros([TILE], tl.float32), mask=o_out < all_pieces)
