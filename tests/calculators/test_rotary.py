@@ -16,7 +16,8 @@ if not ON_GPU:
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning"), *([pytest.mark.gpu] * ON_GPU)]
 
-from longsift.calculators.rotary import Turns, look_up  # noqa: E402
+from longsift.calculators.positions import Turns  # noqa: E402
+from longsift.calculators.rotary import look_up  # noqa: E402
 
 VOCABULARY = 50
 

@@ -9,15 +9,23 @@ Nothing here knows an architecture. One traced forward of the model's own first 
 the normed embedding (these become tables) and which weights queries and keys depend on (these are read); norms of
 q and k and RoPE are done by the model's own code on the looked-up rows. A check at load compares the tables with
 the plain layer.
+
+On a GPU the tables are of what comes out of the norms, and one kernel looks up and turns; the layer's own RoPE tells
+it by how much. The same check at load decides: a layer that the kernel cannot follow (RoPE of neighbours, say) goes
+the way above.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from longsift.calculators import LayerAttention
 from longsift.calculators.checkpoint import Checkpoint, Location, locate
@@ -32,6 +40,8 @@ from longsift.calculators.interface import (
     read_config,
     run,
 )
+from longsift.calculators.positions import Turns, read_turns, unturned
+from longsift.calculators.turned import TurnedTables, kernel_applies
 from longsift.errors import ModelError, UnsupportedModel
 
 # Rows of one table computation. A matrix library chooses its kernel by the number of rows, and with some (MKL on AVX2)
@@ -45,6 +55,9 @@ BLOCK = 1024
 # distinct tokens of that call. Llama-3.1-8B takes 2.6 GB in float32, as much as its embedding.
 TABLE_BYTES = 4 * 2**30
 
+# `FirstLayer.shares` cuts the heads of long windows so that their queries take no more than this.
+QUERY_BYTES = 2 * 2**30
+
 
 class FirstLayer:
     """Queries and keys of the first decoder layer of a model. Make it with `FirstLayer.load`.
@@ -53,28 +66,54 @@ class FirstLayer:
         vocab_size: token ids are below this.
         max_length: the longest window that the model's configuration states, in tokens; None when it states none.
             Longer windows are computed all the same.
+        device: where the queries and keys are.
     """
 
     def __init__(
-        self, network: nn.Module, config: Any, location: Location, bytes_read: int, device: torch.device
+        self,
+        network: nn.Module,
+        attention: nn.Module,
+        config: Any,
+        location: Location,
+        bytes_read: int,
+        device: torch.device,
     ) -> None:
         self.vocab_size = int(config.vocab_size)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self._network, self._config, self._location = network, config, location
-        self._bytes_read, self._device = bytes_read, device
+        self.device = device
+        self._network, self._attention, self._config, self._location = network, attention, config, location
+        self._bytes_read = bytes_read
         stages = [stage for stage in network.modules() if isinstance(stage, _Stage)]
         self._entrances = [stage for stage in stages if stage.role == "entrance"]
         self._projections = [stage for stage in stages if stage.role == "projection"]
         self._dtype = self._projections[0].dtype
         width = sum(projection.width for projection in self._projections)
+        fits = self.vocab_size * width * self._dtype.itemsize <= TABLE_BYTES
         self._tables: list[torch.Tensor] = []
         self._missing = set(range(-(-self.vocab_size // BLOCK)))  # blocks of the vocabulary that are not yet made
-        if self.vocab_size * width * self._dtype.itemsize <= TABLE_BYTES:
+        self._turned: TurnedTables | None = None
+
+        some = torch.Generator().manual_seed(0)
+        few = torch.randint(self.vocab_size, (48,), generator=some)
+        ids = few[torch.randint(len(few), (1, BLOCK), generator=some)].to(device)
+        seen = self._plain(ids)
+        plain, self._window = seen.attention, seen.window
+        self._heads, self._kv_heads, self._head_dim = plain.q.shape[1], plain.k.shape[1], plain.q.shape[-1]
+        self._scale, self._softcap = plain.scale, plain.softcap
+        if fits and kernel_applies(device):
+            turned = self._make_turned()
+            if turned.follows(ids, plain):
+                self._turned = turned
+                _place(network, {}, device)  # the weights have done their part
+                network.requires_grad_(False)
+                return
+            del turned
+        if fits:
             self._tables = [
                 torch.empty(self.vocab_size, projection.width, dtype=self._dtype, device=device)
                 for projection in self._projections
             ]
-        self._shape = self._check()
+        self._check(ids, plain)
 
     @classmethod
     def load(
@@ -112,51 +151,87 @@ class FirstLayer:
         _place(network, _read(checkpoint, trace.weights), target)
         network.requires_grad_(False)
         _install(network, trace)
-        return cls(network, config, location, checkpoint.bytes_read, target)
+        return cls(network, network.get_submodule(trace.attention), config, location, checkpoint.bytes_read, target)
 
-    def queries_keys(self, input_ids: torch.Tensor) -> LayerAttention:
-        """The first layer's queries and keys of whole windows.
+    def queries_keys(
+        self, input_ids: torch.Tensor, *, rows: torch.Tensor | None = None, kv_heads: range | None = None
+    ) -> LayerAttention:
+        """The first layer's queries and keys of whole windows; every window's are the same bits as alone.
 
         Args:
-            input_ids: (batch, length) token ids.
+            input_ids: (batch, length) token ids. On a GPU their range is not checked, since that would wait for it.
+            rows: ascending positions, (rows,) int64 on the device, of the queries to make; by default all. Keys are
+                made for the whole window.
+            kv_heads: consecutive key heads to make, with all queries that share them; by default all.
 
         Raises:
             ModelError: an id outside the vocabulary, or a first layer whose sliding window is shorter than the window
                 (it never sees the far past).
         """
-        seen = self._look_up(check_ids(input_ids, self.vocab_size, self._device))
-        length = input_ids.shape[1]
-        if seen.window is not None and seen.window < length:
+        ids = check_ids(input_ids, self.vocab_size, self.device)
+        length = ids.shape[1]
+        if self._window is not None and self._window < length:
             raise ModelError(
-                f"The first layer of {self._location.name} sees only the last {seen.window} tokens, so it cannot "
+                f"The first layer of {self._location.name} sees only the last {self._window} tokens, so it cannot "
                 f"measure what a window of {length} has to do with its far past. Choose a model whose first layer "
                 "is global, or --method ladm, which measures the global layers."
             )
-        return seen.attention
+        kv_heads = range(self._kv_heads) if kv_heads is None else kv_heads
+        if self._turned is not None:
+            q, k = self._turned.look_up(ids, rows, kv_heads)
+            return LayerAttention(0, q, k, self._scale, self._softcap)
+        made = self._look_up(ids)
+        group = self._heads // self._kv_heads
+        q = made.q[:, kv_heads.start * group : kv_heads.stop * group]
+        return replace(made, q=q if rows is None else q[:, :, rows], k=made.k[:, kv_heads.start : kv_heads.stop])
+
+    def shares(self, queries: int) -> list[range]:
+        """All key heads, in the fewest ranges for `queries_keys` whose `queries` queries take `QUERY_BYTES` at most.
+
+        It is one range where the layer's own code makes all heads at once.
+
+        Args:
+            queries: queries of a head, of all windows of a batch together.
+        """
+        each = queries * (self._heads // self._kv_heads) * self._head_dim * self._dtype.itemsize
+        most = self._kv_heads if self._turned is None else min(max(QUERY_BYTES // each, 1), self._kv_heads)
+        return [range(at, min(at + most, self._kv_heads)) for at in range(0, self._kv_heads, most)]
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest records of this calculator, as plain values."""
+        """What a manifest records of this calculator, as plain values.
+
+        `look_up` says what turns the looked-up rows: "kernel", or "model", its own code.
+        """
         return {
-            **described("first_layer", self._location, self._config, self._dtype, self._device),
-            **self._shape,
+            **described("first_layer", self._location, self._config, self._dtype, self.device),
+            "heads": self._heads,
+            "kv_heads": self._kv_heads,
+            "head_dim": self._head_dim,
             "vocab_size": self.vocab_size,
             "max_length": self.max_length,
             "bytes_read": self._bytes_read,
+            "look_up": "model" if self._turned is None else "kernel",
         }
 
     def _plain(self, input_ids: torch.Tensor) -> Seen:
         return _observe(self._network, input_ids)
 
-    def _look_up(self, input_ids: torch.Tensor) -> Seen:
+    def _look_up(self, input_ids: torch.Tensor) -> LayerAttention:
         tables, rows = self._tables_for(input_ids)
+        blanks = [entrance.blank(input_ids) for entrance in self._entrances]
+        with self._answers(blanks + [nn.functional.embedding(rows, table) for table in tables]):
+            return self._plain(input_ids).attention
+
+    @contextmanager
+    def _answers(self, answers: list[torch.Tensor]) -> Iterator[None]:
+        """Within the block, the entrances and then the projections give these in place of their own results."""
+        stages = (*self._entrances, *self._projections)
         try:
-            for entrance in self._entrances:
-                entrance.answer = entrance.blank(input_ids)
-            for projection, table in zip(self._projections, tables, strict=True):
-                projection.answer = nn.functional.embedding(rows, table)
-            return self._plain(input_ids)
+            for stage, answer in zip(stages, answers, strict=False):
+                stage.answer = answer
+            yield
         finally:
-            for stage in (*self._entrances, *self._projections):
+            for stage in stages:
                 stage.answer = None
 
     def _tables_for(self, input_ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -166,9 +241,12 @@ class FirstLayer:
             blocks = [self._project(some) for some in torch.split(tokens, BLOCK)]
             return [torch.cat(parts) for parts in zip(*blocks, strict=True)], rows
         if self._missing:
-            for block in self._missing.intersection(torch.unique(input_ids // BLOCK).tolist()):
+            # A GPU makes all of them at once: to look which are wanted would wait for it in every call.
+            on_cpu = self.device.type == "cpu"
+            wanted = torch.unique(input_ids // BLOCK).tolist() if on_cpu else list(self._missing)
+            for block in self._missing.intersection(wanted):
                 start, stop = block * BLOCK, min((block + 1) * BLOCK, self.vocab_size)
-                made = self._project(torch.arange(start, stop, device=self._device))
+                made = self._project(torch.arange(start, stop, device=self.device))
                 for table, rows in zip(self._tables, made, strict=True):
                     table[start:stop] = rows
                 self._missing.remove(block)
@@ -176,16 +254,15 @@ class FirstLayer:
 
     def _project(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """What every projection makes of up to BLOCK tokens, (n,) → [(n, width)], computed as BLOCK rows."""
-        padding = BLOCK - len(tokens)
-        self._plain(nn.functional.pad(tokens, (0, padding))[None])
+        self._plain_block(tokens)
         return [projection.taken()[0, : len(tokens)] for projection in self._projections]
 
-    def _check(self) -> dict[str, int]:
-        """The layer's shape, if tables agree with the plain layer over repeated tokens at many positions."""
-        some = torch.Generator().manual_seed(0)
-        few = torch.randint(self.vocab_size, (48,), generator=some)
-        ids = few[torch.randint(len(few), (1, BLOCK), generator=some)].to(self._device)
-        plain, tabled = self._plain(ids).attention, self._look_up(ids).attention
+    def _plain_block(self, tokens: torch.Tensor) -> LayerAttention:
+        return self._plain(nn.functional.pad(tokens, (0, BLOCK - len(tokens)))[None]).attention
+
+    def _check(self, ids: torch.Tensor, plain: LayerAttention) -> None:
+        """Refuse a layer of which tables give other queries and keys than its plain forward over `ids` did."""
+        tabled = self._look_up(ids)
         # The same bits are expected, but a matrix library may treat the rows at a tile's edge differently; what
         # depends on context differs by far more than a few roundings.
         tolerance = 4 * torch.finfo(self._dtype).eps
@@ -197,7 +274,26 @@ class FirstLayer:
                     "depend on more than the token and its position, so tables cannot give them. Use another "
                     "model, or --method ladm, which runs the whole model."
                 )
-        return {"heads": plain.q.shape[1], "kv_heads": plain.k.shape[1], "head_dim": plain.q.shape[-1]}
+
+    def _make_turned(self) -> TurnedTables:
+        """Tables of the whole vocabulary for the kernel, in blocks as above."""
+        q, k = (
+            torch.empty(self.vocab_size, heads, self._head_dim, dtype=self._dtype, device=self.device)
+            for heads in (self._heads, self._kv_heads)
+        )
+        with unturned(self._attention):
+            for start in range(0, self.vocab_size, BLOCK):
+                stop = min(start + BLOCK, self.vocab_size)
+                made = self._plain_block(torch.arange(start, stop, device=self.device))
+                q[start:stop] = made.q[0, :, : stop - start].transpose(0, 1)
+                k[start:stop] = made.k[0, :, : stop - start].transpose(0, 1)
+        return TurnedTables(q, k, self._read_turns)
+
+    def _read_turns(self, length: int) -> Turns | None:
+        ids = torch.zeros((), dtype=torch.int64, device=self.device).expand(1, length)
+        slides = self._window is not None and self._window < length
+        with self._answers([entrance.blank(ids) for entrance in self._entrances]):
+            return read_turns(self._attention, lambda: run(self._network, ids, _never), length, masked=slides)
 
 
 class _Stage(nn.Module):
@@ -241,6 +337,7 @@ class _Stage(nn.Module):
 class _Trace:
     weights: list[str]  # names of the parameters that queries and keys depend on
     roles: dict[str, tuple[str, int]]  # module name → role and width of its output
+    attention: str  # name of the module that calls the attention
 
 
 def _observe(network: nn.Module, input_ids: torch.Tensor) -> Seen:
@@ -256,14 +353,24 @@ def _observe(network: nn.Module, input_ids: torch.Tensor) -> Seen:
     return calls[0]
 
 
+def _never(seen: Seen) -> torch.Tensor:
+    raise AssertionError(f"layer {seen.attention.layer} was reached in a forward that ends before it")
+
+
 def _trace(network: nn.Module, config: Any, device: torch.device) -> _Trace:
     """Follow two tokens to the first layer's queries and keys."""
     calls: list[tuple[str, nn.Module, Any, Any]] = []
-    hooks = [
-        module.register_forward_hook(lambda m, given, made, name=name: calls.append((name, m, given, made)))
-        for name, module in network.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
-    ]
+    entered: list[str] = []  # the last one is where the forward is
+
+    def leave(name: str, module: nn.Module, given: Any, made: Any) -> None:
+        entered.pop()
+        if any(True for _ in module.parameters(recurse=False)):
+            calls.append((name, module, given, made))
+
+    hooks: list[RemovableHandle] = []
+    for name, module in network.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: entered.append(name)))
+        hooks.append(module.register_forward_hook(functools.partial(leave, name)))
     try:
         with torch.enable_grad():
             attention = _observe(network, torch.zeros(1, 2, dtype=torch.int64, device=device)).attention
@@ -284,7 +391,7 @@ def _trace(network: nn.Module, config: Any, device: torch.device) -> _Trace:
         if isinstance(module, nn.Linear) and given and given[0] is normed:
             used = any(id(parameter) in needed for parameter in module.parameters())
             roles[name] = ("projection" if used else "unused", made.shape[-1])
-    return _Trace(weights, roles)
+    return _Trace(weights, roles, entered[-1])
 
 
 def _leaves(*tensors: torch.Tensor) -> set[int]:

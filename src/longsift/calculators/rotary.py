@@ -9,29 +9,14 @@ Names: `b_` a block of values, `o_` offsets, `m_` a mask, `p_` a pointer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from longsift.calculators.positions import Turns
+
 TOKENS = 32  # tokens of a program: a few kilobytes of a head, in long writes
-
-
-@dataclass(frozen=True, slots=True)
-class Turns:
-    """By how much RoPE turns each pair of numbers of a head at each position.
-
-    Numbers i and i + pairs of a head are a pair, for i < pairs; the numbers from 2·pairs on are not turned.
-
-    Attributes:
-        cos: cosines of the angles, times the factor that YaRN puts in, (length, pairs).
-        sin: sines, likewise.
-    """
-
-    cos: Tensor
-    sin: Tensor
 
 
 def look_up(table: Tensor, input_ids: Tensor, turns: Turns | None, rows: Tensor | None = None) -> Tensor:
