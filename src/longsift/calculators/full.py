@@ -27,6 +27,7 @@ from longsift.calculators.interface import (
     read_config,
     run,
 )
+from longsift.calculators.lean import make_lean
 from longsift.errors import ModelError, UnsupportedModel, UsageError
 
 T = TypeVar("T")
@@ -49,11 +50,12 @@ class FullModel:
         device: torch.device,
         layers: tuple[int, ...] | None,
         rope_theta: float | None = None,
+        fused: Sequence[str] = (),
     ) -> None:
         self.vocab_size = int(config.vocab_size)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self._network, self._config, self._location, self._device = network, config, location, device
-        self._layers, self._rope_theta = layers, rope_theta
+        self._layers, self._rope_theta, self._fused = layers, rope_theta, list(fused)
         probe: dict[int, Seen] = {}
 
         def look(seen: Seen) -> torch.Tensor:
@@ -109,8 +111,9 @@ class FullModel:
         config = keep_layers(config, total if wanted is None else wanted[-1] + 1)
         # Refuses what cannot be measured before any weights are fetched.
         plan = build_unallocated(config, choose_dtype(config, target, dtype), trust_remote_code=trust_remote_code)
-        network = _load_network(location.downloaded(), plan)
-        return cls(network.to(target), config, location, target, wanted, rope_theta)
+        network = _load_network(location.downloaded(), plan).to(target)
+        fused = make_lean(network) if target.type == "cuda" else []  # a CPU keeps the network as it is, bit for bit
+        return cls(network, config, location, target, wanted, rope_theta, fused)
 
     def global_layers(self, length: int) -> tuple[int, ...]:
         """The layers that are measured in a window of `length` tokens: those whose every query sees its whole past.
@@ -210,6 +213,7 @@ class FullModel:
             "max_length": self.max_length,
             "layers": None if self._layers is None else list(self._layers),
             "sliding_windows": list(self._windows.values()),
+            "fused": self._fused,
         }
 
 

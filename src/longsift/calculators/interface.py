@@ -75,9 +75,11 @@ def observed(observer: Observer) -> Iterator[None]:
 
 def run(network: nn.Module, input_ids: torch.Tensor, observer: Observer) -> None:
     """One forward of `network` over whole windows, (batch, length), up to its end or to `Enough`."""
+    # Without a mask of tokens, the library looks for several sequences in one row, and waits for the GPU to see none.
+    every = torch.ones(input_ids.shape, dtype=torch.bool, device=input_ids.device)
     with observed(observer):
         try:
-            network(input_ids=input_ids, use_cache=False)
+            network(input_ids=input_ids, attention_mask=every, use_cache=False)
         except Enough:
             return
 
