@@ -1,0 +1,376 @@
+"""How many tokens a second become scores: from token ids, from text, on one GPU and on several?
+
+    python benchmarks/throughput.py                                every part, shapes with random weights
+    python benchmarks/throughput.py --part ids --case longattn-8b  ids → scores, through `Scorer.measure_batch`
+    python benchmarks/throughput.py --part text --corpus FOLDER    text → scores, as `longsift score` does it
+    python benchmarks/throughput.py --part workers --workers 1 2   the same windows on one GPU and on two
+
+ids: windows of ids that are drawn evenly from the vocabulary, on the host, to rows of measures on the host.
+sampled: how well LongAttn's scores from one query of eight order real windows, against those from all of them.
+text: documents (JSON lines) to tables of scores, with each stage also alone, which shows what bounds the whole. The
+corpus is the sources of the standard library and of the installed packages, where none is given. The tokenizer is the
+embedded calculator's, where none is given: 8,192 entries, so a text has more tokens than under a large model's.
+workers: tokens a second between the first and the last shard of scores, so without start and compilation.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from longsift import pipeline
+from longsift.calculators.checkpoint import EMBEDDED
+from longsift.cutting import load_tokenizer
+from longsift.documents import Document, ReadOptions, read_documents
+from longsift.options import ModelOptions, ScoreOptions, WindowOptions
+from longsift.scoring import Scorer, resolve_device
+from longsift.shards import RunFolder
+from longsift.sources import find_sources
+from longsift.tables import parquet_files
+from measuring import parser, table, write
+from shapes import random_checkpoint, random_windows, write_corpus
+
+LENGTH, QUICK = 32_768, 2_560
+CHARACTERS, QUICK_CHARACTERS = 160_000_000, 400_000
+SECONDS, ROUNDS = 2.0, 3  # of one measurement
+SAMPLED_WINDOWS = 256
+TOKENIZED_TOGETHER = 4 << 20  # characters
+
+Windows = Sequence[npt.NDArray[np.int32]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with its calculator."""
+
+    title: str
+    method: str
+    model: str  # a key of shapes.MODELS, or "embedded"
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+SAMPLED = {"query_fraction": 1 / 8}
+CASES = {
+    "longattn-8b": Case("LongAttn, Llama-3.1-8B", "longattn", "llama-3.1-8b"),
+    "longattn-8b-sampled": Case(
+        "LongAttn, 8B, 1/8 of the queries", "longattn", "llama-3.1-8b", {"query_fraction": 1 / 8}
+    ),
+    "longattn-70b": Case("LongAttn, Llama-3.1-70B", "longattn", "llama-3.1-70b"),
+    "ladm": Case("LADM, TinyLlama-1.1B, published strides", "ladm", "tinyllama-1.1b"),
+    "ladm-dense": Case("LADM, TinyLlama-1.1B, dense", "ladm", "tinyllama-1.1b", {"dense": True}),
+    "ladm-smollm2": Case("LADM, SmolLM2-135M, published strides", "ladm", "smollm2-135m"),
+    "calibrated-embedded": Case("calibrated, embedded calculator", "calibrated", "embedded"),
+}
+FROM_TEXT = ("longattn-8b", "calibrated-embedded")
+
+
+class Models:
+    """Checkpoints of the shapes, each written once, when it is first wanted."""
+
+    def __init__(self, folder: Path, device: torch.device, quick: bool, tokenizer: Path) -> None:
+        self.folder, self.device, self.quick, self.tokenizer = folder, device, quick, tokenizer
+
+    def of(self, case: Case) -> str:
+        if case.model == "embedded":
+            return "embedded"
+        first_layer = case.method == "longattn"
+        folder = self.folder / f"{case.model}-{'first-layer' if first_layer else 'whole'}"
+        if not folder.exists():
+            random_checkpoint(
+                folder, case.model, self.device, first_layer=first_layer, quick=self.quick, tokenizer=self.tokenizer
+            )
+        return str(folder)
+
+
+def ids_row(name: str, models: Models, length: int, device: torch.device) -> dict[str, Any]:
+    """Time `Scorer.measure_batch` of one case, ids on the host to measures on the host."""
+    case = CASES[name]
+    scorer = Scorer(case.method, model=models.of(case), device=str(device), **case.parameters)
+    windows = random_windows(max(4, 2 * scorer.batch_tokens // length), length, scorer.calculator.vocab_size)
+    scorer.measure_batch(windows)  # compiles and captures
+    once = _seconds(lambda: _checked(scorer, windows)) / len(windows)
+    wanted = 1 if models.quick else max(1, round(SECONDS / once / len(windows)))
+    times = [_seconds(lambda: _checked(scorer, windows * wanted)) / (len(windows) * wanted) for _ in range(ROUNDS)]
+    one = [_seconds(lambda: _checked(scorer, windows[:1])) for _ in range(ROUNDS)]
+    return {
+        "case": case.title,
+        "name": name,
+        "length": length,
+        "ms": statistics.median(times) * 1e3,
+        "low_ms": min(times) * 1e3,
+        "high_ms": max(times) * 1e3,
+        "windows": len(windows) * wanted,
+        "one_window_ms": statistics.median(one) * 1e3,
+        "tokens_per_s": length / statistics.median(times),
+    }
+
+
+def _checked(scorer: Scorer, windows: Windows) -> list[dict[str, Any]]:
+    results = scorer.measure_batch(windows)
+    failed = [result for result in results if isinstance(result, Exception)]
+    if failed:
+        raise failed[0]
+    return results
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def sampled_rows(models: Models, windows: Windows, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Rank correlation of sampled and exact LongAttn measures over real windows."""
+    from scipy.stats import spearmanr, zscore
+
+    for model in ("llama-3.1-8b", "embedded"):
+        measures: dict[float, dict[str, npt.NDArray[np.float64]]] = {}
+        for fraction in (1.0, 1 / 8):
+            folder = models.of(Case("", "longattn", model))
+            scorer = Scorer("longattn", model=folder, device=str(device), query_fraction=fraction)
+            results = _checked(scorer, windows)
+            found = {key: np.array([row[key] for row in results]) for key in ("dependency_strength", "variance")}
+            measures[fraction] = found | {
+                "score": zscore(found["dependency_strength"]) - 0.5 * zscore(found["variance"])
+            }
+        yield {
+            "model": model,
+            "windows": len(windows),
+            "length": len(windows[0]),
+            "spearman": {key: float(spearmanr(measures[1.0][key], measures[1 / 8][key])[0]) for key in measures[1.0]},
+        }
+
+
+def text_row(
+    name: str, models: Models, corpus: Path, folder: Path, length: int, device: torch.device
+) -> dict[str, Any]:
+    """Time text → scores of one case, as `longsift score CORPUS -o OUT` does it, and the stages alone."""
+    case = CASES[name]
+    model = ModelOptions(model=models.of(case))
+    sources = find_sources([str(corpus)])
+    bytes_read = sum(source.size for source in sources)
+    texts: list[str] = []
+
+    def read() -> None:
+        rows = (row for source in sources for row in read_documents(source, ReadOptions()))
+        texts.extend(row.text for row in rows if isinstance(row, Document))
+
+    def tokenize() -> None:
+        tokenizer = load_tokenizer(model.model or "embedded", None, False)
+        held: list[str] = []
+        for text in texts:
+            held.append(text)
+            if sum(map(len, held)) >= TOKENIZED_TOGETHER:
+                tokenizer.encode(held)
+                held = []
+        tokenizer.encode(held)
+
+    stages = {"reading alone": _seconds(read), "tokenising alone": _seconds(tokenize)}
+    out = folder / f"text-{name}"
+    windows = WindowOptions(window=length)
+    options = ScoreOptions(method=case.method, device=str(device), **case.parameters)
+    stages["cutting"] = _seconds(lambda: pipeline.cut([str(corpus)], out, model, windows, quiet=True))
+    stages["scoring"] = _seconds(lambda: pipeline.score(out, model, options, quiet=True))
+    counts = RunFolder(out).section("scores")["counts"]
+    wall = stages["cutting"] + stages["scoring"]
+    return {
+        "case": case.title,
+        "name": name,
+        "length": length,
+        "bytes": bytes_read,
+        "windows": counts["windows"],
+        "failed": counts["failed"],
+        "tokens": counts["tokens"],
+        "stages_s": stages,
+        "seconds": wall,
+        "tokens_per_s": counts["tokens"] / wall,
+        "scoring_tokens_per_s": steady_rate(out, 1),
+    }
+
+
+def steady_rate(run: Path, workers: int) -> float | None:
+    """Tokens a second from the first shard of scores of every worker to the last; None for too few shards."""
+    shards = sorted(parquet_files(RunFolder(run).scores), key=lambda path: path.stat().st_mtime_ns)
+    if len(shards) <= 2 * workers:
+        return None
+    began, ended = (shards[i].stat().st_mtime_ns for i in (workers - 1, -1))
+    tokens = sum(sum(pq.read_table(path, columns=["n_tokens"])["n_tokens"].to_pylist()) for path in shards[workers:])
+    return tokens / ((ended - began) * 1e-9)
+
+
+def worker_rows(
+    models: Models, run: Path, folder: Path, workers: Sequence[int], device: str
+) -> Iterator[dict[str, Any]]:
+    """Score the same windows with other numbers of processes, one for each GPU."""
+    case = CASES["longattn-8b"]
+    for number in workers:
+        out = folder / f"workers-{number}"
+        model = ModelOptions(model=models.of(case))
+        pipeline.prepare_windows([str(run)], out, model, quiet=True)
+        options = ScoreOptions(method=case.method, device=device, workers=number)
+        seconds = _seconds(lambda: pipeline.score(out, model, options, quiet=True))  # noqa: B023 called here
+        tokens = RunFolder(out).section("scores")["counts"]["tokens"]
+        yield {
+            "case": case.title,
+            "workers": number,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_s": steady_rate(out, number),
+        }
+
+
+def id_run(folder: Path, windows: Windows) -> Path:
+    """A run folder whose windows are the given ids."""
+    (folder / "ids").mkdir()
+    for start in range(0, len(windows), 256):
+        rows = pa.table(
+            {"input_ids": pa.array([list(ids) for ids in windows[start : start + 256]], pa.list_(pa.int32()))}
+        )
+        pq.write_table(rows, folder / "ids" / f"{start:06d}.parquet")
+    pipeline.cut([str(folder / "ids")], folder / "ids-run", quiet=True)
+    return folder / "ids-run"
+
+
+def read_windows(run: Path, most: int) -> Windows:
+    """The first windows of a run."""
+    found: list[npt.NDArray[np.int32]] = []
+    for path in parquet_files(RunFolder(run).windows):
+        column = pq.read_table(path, columns=["input_ids"])["input_ids"]
+        found += [column[i].values.to_numpy() for i in range(len(column))]
+        if len(found) >= most:
+            break
+    return found[:most]
+
+
+@contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=given) as name:
+        yield Path(name)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    flags = parser(__doc__)
+    parts = ("ids", "sampled", "text", "workers")
+    flags.add_argument("--part", choices=parts, action="append", help="only this one; may be repeated")
+    flags.add_argument("--case", choices=[*CASES], action="append", help="of ids and text: only this one")
+    flags.add_argument("--length", type=int, default=None, help="tokens of a window")
+    flags.add_argument("--corpus", type=Path, help="folder or file of documents")
+    flags.add_argument(
+        "--characters", type=int, default=None, help="size of the corpus that is made where none is given"
+    )
+    flags.add_argument("--tokenizer", type=Path, default=EMBEDDED, help="folder of a tokenizer")
+    flags.add_argument("--workers", type=int, nargs="+", default=None, help="numbers of processes; 1 to all GPUs")
+    flags.add_argument("--tmp", type=Path, help="folder for checkpoints and runs")
+    args = flags.parse_args(arguments)
+    device = resolve_device(args.device)
+    length = args.length or (QUICK if args.quick else LENGTH)
+    chosen = args.part or parts
+    cases = args.case or list(CASES)
+    results: dict[str, Any] = {}
+    with _folder(args.tmp) as folder:
+        models = Models(folder, device, args.quick, args.tokenizer)
+        if "ids" in chosen:
+            results["ids"] = []
+            for name in cases:
+                results["ids"].append(ids_row(name, models, length, device))
+                _release(device)
+            print_ids(results["ids"])
+        corpus = args.corpus
+        if corpus is None and {"sampled", "text"} & {*chosen}:
+            corpus = folder / "corpus"
+            write_corpus(corpus, args.characters or (QUICK_CHARACTERS if args.quick else CHARACTERS))
+        run: Path | None = None
+        if "text" in chosen:
+            names = [name for name in cases if name in FROM_TEXT]
+            results["text"] = []
+            for name in names:
+                results["text"].append(text_row(name, models, corpus, folder, length, device))
+                _release(device)
+            print_text(results["text"])
+            run = folder / f"text-{names[0]}"
+        if "sampled" in chosen:
+            if run is None:
+                run = folder / "sampled"
+                pipeline.cut([str(corpus)], run, ModelOptions(), WindowOptions(window=length), quiet=True)
+            most = 8 if args.quick else SAMPLED_WINDOWS
+            results["sampled"] = list(sampled_rows(models, read_windows(run, most), device))
+            print_sampled(results["sampled"])
+        if "workers" in chosen:
+            _release(device)
+            numbers = args.workers or list(range(1, max(1, torch.cuda.device_count()) + 1))
+            vocabulary = 8192 if args.quick else 128_256
+            windows = random_windows(4 if args.quick else 1024 * max(numbers), length, vocabulary)
+            results["workers"] = list(worker_rows(models, id_run(folder, windows), folder, numbers, args.device))
+            print_workers(results["workers"])
+    write(args.out, device, results)
+
+
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def print_ids(rows: list[dict[str, Any]]) -> None:
+    headers = ("ids → scores", "tokens", "ms a window", "least–largest", "one window alone ms", "tokens/s")
+    print("\n" + table(headers, [_ids_cells(row) for row in rows]), flush=True)
+
+
+def _ids_cells(row: dict[str, Any]) -> tuple[object, ...]:
+    spread = f"{row['low_ms']:.3g}–{row['high_ms']:.3g}"
+    return row["case"], row["length"], row["ms"], spread, row["one_window_ms"], round(row["tokens_per_s"])
+
+
+def print_text(rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row["stages_s"]))
+    headers = ("text → scores", "MB", "windows", "tokens", *(f"{name} s" for name in names), "all s", "tokens/s")
+    cells = [
+        (
+            row["case"],
+            row["bytes"] / 1e6,
+            row["windows"],
+            row["tokens"],
+            *map(row["stages_s"].get, names),
+            row["seconds"],
+            round(row["tokens_per_s"]),
+        )
+        for row in rows
+    ]
+    print("\n" + table(headers, cells), flush=True)
+
+
+def print_sampled(rows: list[dict[str, Any]]) -> None:
+    names = list(rows[0]["spearman"])
+    cells = [(row["model"], row["windows"], row["length"], *map(row["spearman"].get, names)) for row in rows]
+    headers = ("1/8 of the queries against all, Spearman", "windows", "tokens", *names)
+    print("\n" + table(headers, cells), flush=True)
+
+
+def print_workers(rows: list[dict[str, Any]]) -> None:
+    first = rows[0]["tokens_per_s"]
+    cells = [
+        (
+            row["workers"],
+            row["tokens"],
+            row["seconds"],
+            row["tokens_per_s"],
+            row["tokens_per_s"] / first if first and row["tokens_per_s"] else None,
+        )
+        for row in rows
+    ]
+    print("\n" + table(("workers", "tokens", "s, with start", "tokens/s, running", "× one"), cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
