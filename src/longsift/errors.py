@@ -6,6 +6,7 @@ LongsiftError
 ├── ModelError             a calculator that cannot be loaded or used
 │   └── UnsupportedModel   an architecture whose attention cannot be measured
 ├── OutputError            an output folder that holds something else
+├── ProcessLost            a process of a run that ended before its work was done
 └── TooManyBadRows         more rows were quarantined than --max-bad allows
 """
 
@@ -38,6 +39,10 @@ class UnsupportedModel(ModelError):
 
 class OutputError(LongsiftError):
     """An output folder that holds another run, or a table that is damaged."""
+
+
+class ProcessLost(LongsiftError):
+    """A process that worked for a run ended by itself, and trying again did not help."""
 
 
 class TooManyBadRows(LongsiftError):

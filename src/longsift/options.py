@@ -74,6 +74,7 @@ class ScoreOptions:
     batch_tokens: int | None = _flag(
         None, "Tokens sent to the device together. Default: 262144 on a GPU, one window on a CPU."
     )
+    workers: int | None = _flag(None, "Processes that score. Default: one a GPU; a CPU needs one.")
     calibration: str | None = _flag(
         None, "calibrated: file of `longsift calibrate`. Default: that of the embedded calculator."
     )
@@ -89,17 +90,21 @@ class ScoreOptions:
     normalize: str | None = _flag(None, "longattn: zscore or minmax, within groups. [default: zscore]")
     detail: bool | None = _flag(None, "longattn: also write the values of every head.", "--detail")
     skip_sink: bool | None = _flag(None, "longattn: never count the first 128 tokens as far.", "--skip-sink")
+    query_fraction: str | None = _flag(
+        None, "longattn: share of the queries to measure, such as 1/8 or 0.125. [default: 1, all of them]"
+    )
     layer_aggregation: str | None = _flag(
         None, "ladm: mean of the layers, or mean of their zscore within groups. [default: mean]"
     )
 
     def __post_init__(self) -> None:
         _check(self, "rope_theta", lambda value: 0 < value < math.inf, "a positive number")
-        _check(self, "batch_tokens", lambda value: value >= 1, "at least 1")
+        for name in ("batch_tokens", "workers"):
+            _check(self, name, lambda value: value >= 1, "at least 1")
 
     def method_parameters(self) -> dict[str, Any]:
         """The parameters that belong to the method rather than to the calculator."""
-        others = {"method", "device", "dtype", "batch_tokens", "rope_theta", "layers"}
+        others = {"method", "device", "dtype", "batch_tokens", "workers", "rope_theta", "layers"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
 

@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
-
 from longsift.cutting import cut as cut
-from longsift.cutting import load_tokenizer
-from longsift.errors import InputError, OutputError, TooManyBadRows, UsageError
+from longsift.errors import OutputError, TooManyBadRows, UsageError
 from longsift.options import ModelOptions, ScoreOptions, SelectOptions, WindowOptions
-from longsift.progress import Progress
-from longsift.selection import Choice, check_request, choose
+from longsift.scoring_stage import ScoreStage, model_of, windows_to_score
 from longsift.shards import RunFolder
-from longsift.tables import parquet_files, publish
 
 if TYPE_CHECKING:
-    from longsift.scoring import Scorer
+    from longsift.selection import Choice
 
 log = logging.getLogger(__name__)
 
@@ -105,114 +97,10 @@ def score(
         InputError: not one window was cut.
         ModelError: a calculator that cannot be loaded, or that does not share the windows' tokenizer.
     """
-    from longsift.scoring import Scorer, score_identity
-
     folder = RunFolder(out)
-    windows = windows_to_score(folder)
-    model = model_of(windows, model)
-    identity = score_identity(model.model or "embedded", model.revision, options, windows["length"])
-    with folder.lock():
-        if folder.begin("scores", identity, overwrite=overwrite):
-            return _score_result(folder.section("scores"))
-        scorer = Scorer.from_options(model, options)
-        _check_tokenizer(windows, model)
-        _score_shards(folder, scorer, windows["counts"]["tokens"], quiet)
-        records = list(folder.records("scores").values())
-        reasons: Counter[str] = Counter()
-        for record in records:
-            reasons.update(record["reasons"])
-        facts = {key: sum(record[key] for record in records) for key in ("windows", "failed", "tokens", "seconds")}
-        folder.finish(
-            "scores",
-            {"calculator": scorer.describe(), "counts": facts, "reasons": dict(reasons.most_common())},
-        )
-        return _score_result(folder.section("scores"))
-
-
-def windows_to_score(folder: RunFolder) -> dict[str, Any]:
-    """The manifest's section of the windows of a run folder.
-
-    Raises:
-        OutputError: they are not finished, or are another run's and were cut anew.
-        InputError: there is not one.
-    """
-    windows = folder.section("windows")
-    folder.check_linked_windows()
-    counts = windows["counts"]
-    if not counts["windows"]:
-        raise InputError(
-            f"There is no window to score: of {counts['documents']:,} documents {counts['too_short']:,} are too short, "
-            f"and {counts['bad_rows']:,} rows are bad. Choose a smaller --window, or see {folder.quarantine}."
-        )
-    return windows
-
-
-def model_of(windows: dict[str, Any], model: ModelOptions) -> ModelOptions:
-    """The calculator that was asked for, or else the one that the windows were cut for."""
-    if model.model is not None:
-        return model
-    return replace(
-        model, model=windows["identity"]["model"], revision=model.revision or windows["identity"]["revision"]
-    )
-
-
-def _score_shards(folder: RunFolder, scorer: Scorer, tokens: int, quiet: bool) -> None:
-    done = folder.records("scores")
-    length = scorer.calculator.max_length
-    before = sum(record["tokens"] for record in done.values())
-    with Progress("scores", tokens, "tokens", done=before, quiet=quiet) as progress:
-
-        def advance(n_tokens: int, ok: bool) -> None:
-            progress.advance(n_tokens, windows=1, failed=not ok)
-
-        warned = False
-        for path in parquet_files(folder.windows):
-            if path.stem in done and (folder.scores / path.name).exists():
-                continue
-            started = time.perf_counter()
-            table = scorer.score_shard(path, advance)
-            with publish(folder.scores / path.name) as temporary:
-                pq.write_table(table, temporary, compression="zstd")
-            longest = max(table["n_tokens"].to_pylist(), default=0)
-            if length is not None and longest > length and not warned:
-                log.warning("windows of %d tokens are longer than the %d of the calculator", longest, length)
-                warned = True
-            failures = [reason for reason in table["reason"].to_pylist() if reason is not None]
-            folder.record(
-                "scores",
-                path.stem,
-                {
-                    "windows": table.num_rows,
-                    "failed": len(failures),
-                    "tokens": sum(table["n_tokens"].to_pylist()),
-                    "seconds": round(time.perf_counter() - started, 3),
-                    "reasons": dict(Counter(failures)),
-                },
-            )
-
-
-def _check_tokenizer(windows: dict[str, Any], model: ModelOptions) -> None:
-    """Refuse token ids of one tokenizer for a calculator with another: the scores would mean nothing."""
-    known, identity = windows["tokenizer"], windows["identity"]
-    name = model.model or "embedded"
-    if known is None or (name, model.revision) == (identity["model"], identity["revision"]):
-        return
-    if load_tokenizer(name, model.revision, model.trust_remote_code).fingerprint != known:
-        raise UsageError(
-            f"The windows were cut with the tokenizer of '{identity['model']}', which '{name}' does not "
-            f"share. Cut them anew: longsift windows INPUT -o OUT --model {name}."
-        )
-
-
-def _score_result(section: dict[str, Any]) -> dict[str, Any]:
-    counts = section["counts"]
-    speed = counts["tokens"] / counts["seconds"] if counts["seconds"] else None
-    return {
-        "method": section["identity"]["method"],
-        **counts,
-        "tokens_per_second": speed,
-        "reasons": [{"reason": reason, "windows": count} for reason, count in section["reasons"].items()],
-    }
+    windows_to_score(folder)  # before a folder is made
+    with folder.lock(), ScoreStage(folder, model, options, overwrite=overwrite, quiet=quiet) as stage:
+        return stage.finish()
 
 
 def select(
@@ -293,6 +181,7 @@ def _selection_identity(options: SelectOptions, changed: dict[str, Any], scored:
 
 def _choose(folder: RunFolder, identity: dict[str, Any]) -> Choice:
     from longsift.methods import build_method
+    from longsift.selection import choose
 
     method = build_method(identity["method"], **identity["parameters"])
     return choose(folder.scores, method.rule(), keep=identity["keep"], budget=identity["budget"], mix=identity["mix"])
@@ -401,6 +290,7 @@ def check_flags(
         UsageError: they cannot work.
     """
     from longsift.scoring import score_identity
+    from longsift.selection import check_request
 
     identity = score_identity(model.model or "embedded", model.revision, scores, windows.window)
     if selection is not None:

@@ -15,8 +15,8 @@ from longsift.cutting import Cutter
 from longsift.documents import BadRow, Document, read_documents
 from longsift.errors import InputError
 from longsift.options import ModelOptions, ScoreOptions, WindowOptions
-from longsift.pipeline import model_of, windows_to_score
 from longsift.scoring import Scorer
+from longsift.scoring_stage import model_of, windows_to_score
 from longsift.shards import RunFolder
 from longsift.sources import Source, find_sources
 from longsift.tables import parquet_files

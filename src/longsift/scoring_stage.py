@@ -1,0 +1,210 @@
+"""The scores stage: windows files become scores files, here or in processes, resumable, and while windows are cut."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from longsift.cutting import load_tokenizer
+from longsift.engines.local import Facts, LocalEngine, Shard, devices, facts_of, score_files
+from longsift.errors import InputError, UsageError
+from longsift.options import ModelOptions, ScoreOptions
+from longsift.progress import Progress
+from longsift.shards import RunFolder
+from longsift.tables import parquet_files
+
+log = logging.getLogger(__name__)
+
+
+class ScoreStage:
+    """The scoring of a run folder, whose lock is held; a context manager, at whose end its processes are gone.
+
+    Args:
+        model: the calculator; by default the one that the windows were cut for.
+        overwrite: throw away scores of other parameters.
+        quiet: no progress.
+    """
+
+    def __init__(
+        self, folder: RunFolder, model: ModelOptions, options: ScoreOptions, *, overwrite: bool, quiet: bool
+    ) -> None:
+        self._folder, self._model, self._options = folder, model, options
+        self._overwrite, self._quiet = overwrite, quiet
+        self._done: set[str] = set()  # shards that need no scoring
+        self._engine: LocalEngine | None = None
+        self._progress: Progress | None = None
+        self._tokens = 0  # that were measured when there was no progress yet
+        self._clock = 0.0  # when the last shard was done, or the first begun
+        self._longest = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._engine is not None:
+            self._engine.__exit__(kind, error, trace)
+
+    def offer(self, windows: Path) -> None:
+        """Score a windows file while others are still being cut; processes are started at the first.
+
+        Raises:
+            OutputError: the folder holds scores of other parameters.
+            LongsiftError: scoring has failed.
+        """
+        if self._engine is None:
+            self._begin(None)
+            self._start(devices(self._options))
+        self._submit(windows)
+
+    def finish(self) -> dict[str, Any]:
+        """Score all windows that have no scores yet.
+
+        Returns:
+            Counts (windows, failed, tokens), seconds, tokens_per_second, and failures by reason.
+
+        Raises:
+            OutputError: no windows, or scores of other parameters.
+            InputError: not one window was cut.
+            ModelError: a calculator that cannot be loaded, or that does not share the windows' tokenizer.
+        """
+        windows = windows_to_score(self._folder)
+        self._model = model_of(windows, self._model)
+        if self._engine is None and self._begin(windows["length"]):
+            return _result(self._folder.section("scores"))
+        _check_tokenizer(windows, self._model)
+        facts = self._score_rest(windows["counts"]["tokens"])
+        if facts.max_length is not None and self._longest > facts.max_length:
+            log.warning(
+                "windows of %d tokens are longer than the %d of the calculator", self._longest, facts.max_length
+            )
+        records = self._folder.records("scores").values()
+        reasons: Counter[str] = Counter()
+        for record in records:
+            reasons.update(record["reasons"])
+        counts = {key: sum(record[key] for record in records) for key in ("windows", "failed", "tokens", "seconds")}
+        self._folder.finish(
+            "scores", {"calculator": facts.calculator, "counts": counts, "reasons": dict(reasons.most_common())}
+        )
+        return _result(self._folder.section("scores"))
+
+    def _begin(self, length: int | None) -> bool:
+        from longsift.scoring import score_identity
+
+        model = self._model
+        identity = score_identity(model.model or "embedded", model.revision, self._options, length)
+        finished = self._folder.begin("scores", identity, overwrite=self._overwrite)
+        scores = self._folder.scores
+        self._done = {name for name in self._folder.records("scores") if (scores / f"{name}.parquet").exists()}
+        self._tokens = sum(record["tokens"] for record in self._folder.records("scores").values())
+        return finished
+
+    def _start(self, devices: list[str]) -> LocalEngine:
+        self._engine = LocalEngine(
+            self._folder.scores,
+            self._model,
+            self._options,
+            devices,
+            on_ready=self._start_clock,
+            on_done=self._record,
+            on_advance=self._advance,
+        )
+        return self._engine.__enter__()
+
+    def _submit(self, windows: Path) -> None:
+        assert self._engine is not None
+        if windows.stem not in self._done:
+            self._done.add(windows.stem)
+            self._engine.submit(windows)
+
+    def _score_rest(self, tokens: int) -> Facts:
+        files = parquet_files(self._folder.windows)
+        chosen = devices(self._options)
+        where = f" on {len(chosen)} {'processes' if chosen[0] == 'cpu' else 'GPUs'}" if len(chosen) > 1 else ""
+        with Progress(f"scores{where}", tokens, "tokens", done=self._tokens, quiet=self._quiet) as self._progress:
+            if self._engine is not None or len(chosen) > 1:
+                engine = self._engine or self._start(chosen)
+                for path in files:
+                    self._submit(path)
+                return engine.finish()
+            from longsift.scoring import Scorer
+
+            scorer = Scorer.from_options(self._model, self._options)
+            self._start_clock()
+            left = [path for path in files if path.stem not in self._done]
+            for shard in score_files(scorer, left, self._folder.scores, self._advance):
+                self._record(shard)
+            return facts_of(scorer)
+
+    def _advance(self, tokens: int, windows: int, failed: int) -> None:
+        if self._progress is None:
+            self._tokens += tokens
+        else:
+            self._progress.advance(tokens, windows=windows, failed=failed)
+
+    def _start_clock(self) -> None:
+        self._clock = time.monotonic()
+
+    def _record(self, shard: Shard) -> None:
+        """Say that a shard is done; its seconds are those since the one before, whichever process scored it."""
+        before = self._clock
+        self._start_clock()
+        self._longest = max(self._longest, shard.longest)
+        self._folder.record("scores", shard.name, {**shard.counts, "seconds": round(self._clock - before, 3)})
+
+
+def windows_to_score(folder: RunFolder) -> dict[str, Any]:
+    """The manifest's section of the windows of a run folder.
+
+    Raises:
+        OutputError: they are not finished, or are another run's and were cut anew.
+        InputError: there is not one.
+    """
+    windows = folder.section("windows")
+    folder.check_linked_windows()
+    counts = windows["counts"]
+    if not counts["windows"]:
+        raise InputError(
+            f"There is no window to score: of {counts['documents']:,} documents {counts['too_short']:,} are too short, "
+            f"and {counts['bad_rows']:,} rows are bad. Choose a smaller --window, or see {folder.quarantine}."
+        )
+    return windows
+
+
+def model_of(windows: dict[str, Any], model: ModelOptions) -> ModelOptions:
+    """The calculator that was asked for, or else the one that the windows were cut for."""
+    if model.model is not None:
+        return model
+    return replace(
+        model, model=windows["identity"]["model"], revision=model.revision or windows["identity"]["revision"]
+    )
+
+
+def _check_tokenizer(windows: dict[str, Any], model: ModelOptions) -> None:
+    """Refuse token ids of one tokenizer for a calculator with another: the scores would mean nothing."""
+    known, identity = windows["tokenizer"], windows["identity"]
+    name = model.model or "embedded"
+    if known is None or (name, model.revision) == (identity["model"], identity["revision"]):
+        return
+    if load_tokenizer(name, model.revision, model.trust_remote_code).fingerprint != known:
+        raise UsageError(
+            f"The windows were cut with the tokenizer of '{identity['model']}', which '{name}' does not "
+            f"share. Cut them anew: longsift windows INPUT -o OUT --model {name}."
+        )
+
+
+def _result(section: dict[str, Any]) -> dict[str, Any]:
+    counts = section["counts"]
+    speed = counts["tokens"] / counts["seconds"] if counts["seconds"] else None
+    return {
+        "method": section["identity"]["method"],
+        **counts,
+        "tokens_per_second": speed,
+        "reasons": [{"reason": reason, "windows": count} for reason, count in section["reasons"].items()],
+    }
