@@ -23,7 +23,15 @@ from torch import Tensor
 from longsift.attention import cpu, reference
 from longsift.attention.output import causal_attention
 
-__all__ = ["Backend", "Denominator", "FarStatistics", "causal_attention", "far_statistics", "span_focus"]
+__all__ = [
+    "Backend",
+    "Denominator",
+    "FarStatistics",
+    "causal_attention",
+    "chosen_backend",
+    "far_statistics",
+    "span_focus",
+]
 
 Backend = Literal["auto", "cpu", "triton", "reference"]
 Denominator = Literal["prior", "causal"]
@@ -165,18 +173,27 @@ def span_focus(
     return focus.mean(1) if average_heads else focus
 
 
+def chosen_backend(q: Tensor) -> tuple[Backend, str | None]:
+    """The backend that "auto" takes for these queries, and why it is not the kernels where it is not."""
+    if not q.is_cuda:
+        return "cpu", f"the kernels need a GPU, and these queries are on {q.device.type}"
+    refusal = _kernels_refuse(q)
+    return ("triton", None) if refusal is None else ("cpu", f"the backend triton {refusal}")
+
+
 def _module(backend: str, q: Tensor) -> ModuleType:
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}; got {backend!r}")
+    if backend == "auto":
+        backend = chosen_backend(q)[0]
     if backend == "reference":
         return reference
-    if backend == "triton" or (backend == "auto" and q.is_cuda):
-        refusal = _kernels_refuse(q)
-        if refusal is None:
-            return importlib.import_module("longsift.attention.triton")
-        if backend == "triton":
-            raise ValueError(f'the backend "triton" {refusal}; take "auto" or "cpu"')
-    return cpu
+    if backend == "cpu":
+        return cpu
+    refusal = _kernels_refuse(q)
+    if refusal is not None:
+        raise ValueError(f'the backend "triton" {refusal}; take "auto" or "cpu"')
+    return importlib.import_module("longsift.attention.triton")
 
 
 def _kernels_refuse(q: Tensor) -> str | None:
