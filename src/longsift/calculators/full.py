@@ -28,6 +28,7 @@ from longsift.calculators.interface import (
     run,
 )
 from longsift.calculators.lean import make_lean
+from longsift.calculators.recorded import Recorder
 from longsift.errors import ModelError, UnsupportedModel, UsageError
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class FullModel:
         self.vocab_size = int(config.vocab_size)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self._network, self._config, self._location, self._device = network, config, location, device
+        self._recorder = Recorder(device) if device.type == "cuda" else None
         self._layers, self._rope_theta, self._fused = layers, rope_theta, list(fused)
         probe: dict[int, Seen] = {}
 
@@ -183,16 +185,22 @@ class FullModel:
     ) -> dict[str, torch.Tensor]:
         """Apply `compute` to each window of a batch by itself: a forward of several would give other bits.
 
+        On a GPU its operations may be recorded and replayed, without another call, for later windows of the length.
+
         Args:
             input_ids: (batch, length) token ids.
-            compute: from a window, (1, length), to tensors that depend on nothing but its ids and its length.
-            key: equal for what computes the same.
+            compute: from a window, (1, length), to new tensors that depend on nothing but its ids and its length.
+            key: equal only for what computes the same.
 
         Returns:
             The tensors of all windows by name, the windows being the first dimension; on the model's device.
         """
         ids = check_ids(input_ids, self.vocab_size, self._device)
-        measured = [compute(ids[i : i + 1]) for i in range(len(ids))]
+        windows = [ids[i : i + 1] for i in range(len(ids))]
+        if self._recorder is None:
+            measured = [compute(window) for window in windows]
+        else:
+            measured = [self._recorder.run(key, compute, window) for window in windows]
         return {name: torch.stack([columns[name] for columns in measured]) for name in measured[0]}
 
     def identity(self) -> dict[str, Any]:
