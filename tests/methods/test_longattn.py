@@ -11,13 +11,25 @@ from longsift.selection import Term
 
 
 class GivenLayer:
-    """A first layer whose queries and keys are given."""
+    """A first layer whose queries and keys are given; their heads come in as many shares as there are key heads."""
+
+    device = torch.device("cpu")
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor) -> None:
         self.q, self.k = q, k
 
-    def queries_keys(self, input_ids):
-        return LayerAttention(layer=0, q=self.q, k=self.k, scale=self.q.shape[-1] ** -0.5)
+    def shares(self, queries):
+        return [range(i, i + 1) for i in range(self.k.shape[1])]
+
+    def queries_keys(self, input_ids, *, rows, kv_heads):
+        group = self.q.shape[1] // self.k.shape[1]
+        q = self.q[: len(input_ids), kv_heads.start * group : kv_heads.stop * group]
+        k = self.k[: len(input_ids), kv_heads.start : kv_heads.stop]
+        return LayerAttention(layer=0, q=q if rows is None else q[:, :, rows], k=k, scale=self.q.shape[-1] ** -0.5)
+
+
+def measure(method, q, k):
+    return method.measure(GivenLayer(q, k), torch.zeros(len(q), q.shape[2], dtype=torch.long))
 
 
 @pytest.mark.parametrize(("length", "distance"), [(32768, 8192), (1024, 256), (1000, 250), (777, 195), (4, 1)])
@@ -29,7 +41,7 @@ def test_a_window_has_the_mean_over_heads_of_strength_and_variance():
     torch.manual_seed(0)
     length, heads = 96, 4
     q, k = torch.randn(1, heads, length, 8) * 2, torch.randn(1, 2, length, 8) * 2
-    measured = LongAttn(detail=True).measure(GivenLayer(q, k), torch.zeros(length, dtype=torch.long))
+    measured = {name: values[0].tolist() for name, values in measure(LongAttn(detail=True), q, k).items()}
 
     logits = (q @ k.repeat_interleave(2, 1).transpose(2, 3)).double()[0] / 8**0.5
     map_ = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)
@@ -44,7 +56,7 @@ def test_without_the_sink_the_first_128_tokens_are_never_far_and_stay_in_the_sof
     torch.manual_seed(0)
     length = 300
     q, k = torch.randn(1, 2, length, 8) * 2, torch.randn(1, 2, length, 8) * 2
-    measured = LongAttn(skip_sink=True).measure(GivenLayer(q, k), torch.zeros(length, dtype=torch.long))
+    measured = {name: values.item() for name, values in measure(LongAttn(skip_sink=True), q, k).items()}
     logits = (q @ k.transpose(2, 3)).double()[0] / 8**0.5
     far = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)
     far = far.tril(-far_distance(length))

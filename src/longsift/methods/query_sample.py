@@ -1,0 +1,87 @@
+"""A sample of a window's queries, and how far an estimate from it may be off."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class QuerySample:
+    """Some queries of a window, and how many queries each of them stands for.
+
+    Attributes:
+        rows: ascending positions, (n,) int64.
+        weights: queries that each stands for, (n,) float64; a sum over all queries is estimated by the weighted sum.
+        every: one in so many is measured.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    every: int
+
+    def total(self, values: Tensor) -> Tensor:
+        """The unbiased estimate (…) of the sum over all queries of `values` (…, n)."""
+        return ordered_sum(values * self.weights)
+
+    def standard_error(self, values: Tensor) -> Tensor:
+        """The standard error (…) of `total(values)` for `values` (…, n), n at least 3.
+
+        `√((1 − f) · Σ w² · Σ (y_i − 2y_{i−1} + y_{i−2})² / (6(n − 2)))`, f = 1/every: the estimator from successive
+        second differences, with the finite population factor (Wolter, Introduction to Variance Estimation, 2nd ed.
+        2007, section 8.2). Second differences of neighbours, in which a trend cancels, stand for the spread within
+        a block, from which only one query is drawn. Where queries are the more alike the nearer they are, it is
+        too large rather than too small.
+        """
+        differences = values[..., 2:] - 2 * values[..., 1:-1] + values[..., :-2]
+        spread = ordered_sum(differences.square()) / (6 * (values.shape[-1] - 2))
+        return ((1 - 1 / self.every) * ordered_sum(self.weights.square()) * spread).sqrt()
+
+
+@functools.lru_cache(maxsize=16)
+def draw_queries(length: int, first: int, every: int, device: torch.device) -> QuerySample:
+    """One query drawn uniformly from each block of `every` consecutive queries.
+
+    The same ones for every window of a length, so that their scores compare; nothing depends on batch or order. Blocks
+    are aligned to the window's end, and the first one may be shorter: its query stands for fewer.
+
+    Args:
+        length: queries of the window.
+        first: queries before it have nothing to measure, and none is drawn from them.
+        every: queries of a block.
+    """
+    import torch
+
+    count = -(-(length - first) // every)
+    starts = length - every * np.arange(count, 0, -1)
+    sizes = np.full(count, every)
+    sizes[0] = starts[0] + every - first
+    starts[0] = first
+    # Raw numbers of a generator that every version of NumPy keeps; the remainder's bias is below 2^-40.
+    drawn = np.random.PCG64([length, every]).random_raw(count) % sizes.astype(np.uint64)
+    rows, weights = starts + drawn.astype(np.int64), sizes.astype(np.float64)
+    return QuerySample(torch.from_numpy(rows).to(device), torch.from_numpy(weights).to(device), every)
+
+
+def ordered_sum(values: Tensor) -> Tensor:
+    """The sum over the last dimension, in float64, by halving: its order depends on the number of terms alone.
+
+    A library's own sum takes another order, and so other bits, when there are more sums to make at once.
+    """
+    count = values.shape[-1]
+    half = 1 << (count - 1).bit_length() >> 1
+    if half == 0:
+        return values[..., 0].double()
+    total = values[..., :half].double().clone()
+    total[..., : count - half] += values[..., half:]
+    while half > 1:
+        half //= 2
+        total = total[..., :half] + total[..., half:]
+    return total[..., 0]

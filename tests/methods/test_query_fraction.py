@@ -1,0 +1,160 @@
+"""--query-fraction: a sample of the queries estimates what all of them give, and says how far it may be off."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from longsift.calculators.first_layer import FirstLayer
+from longsift.errors import UsageError
+from longsift.methods import build_method, longattn, parameters_of
+from longsift.methods.longattn import LongAttn, far_distance
+from longsift.methods.query_sample import QuerySample, draw_queries, ordered_sum
+
+CPU = torch.device("cpu")
+LENGTH = 1501
+MEASURES = ("dependency_strength", "variance")
+
+
+@pytest.fixture(scope="module")
+def calculator() -> FirstLayer:
+    return FirstLayer.load("embedded")
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    """Two windows in which, as in text, some words come often, and again and again."""
+    generator = np.random.default_rng(0)
+    words = generator.zipf(1.2, size=(2, LENGTH)) % 8000
+    again = generator.random((2, LENGTH)) < 0.5
+    again[:, :100] = False
+    earlier = (np.arange(LENGTH) * generator.random((2, LENGTH))).astype(int)
+    for row, (i, j) in enumerate(zip(again, earlier, strict=True)):
+        for n in np.flatnonzero(i):
+            words[row, n] = words[row, j[n]]
+    return torch.from_numpy(words.astype(np.int64))
+
+
+@pytest.mark.parametrize(
+    ("length", "first", "every"), [(100, 20, 8), (101, 20, 8), (107, 27, 8), (9, 3, 5), (50, 0, 1)]
+)
+def test_one_query_is_drawn_from_each_block(length: int, first: int, every: int) -> None:
+    sample = draw_queries(length, first, every, CPU)
+    blocks = (length - 1 - sample.rows) // every  # counted from the window's end
+    assert sorted(blocks.tolist(), reverse=True) == blocks.tolist() == list(range(len(blocks)))[::-1]
+    assert sample.rows.min() >= first
+    assert sample.weights.sum() == length - first
+    assert (sample.weights[1:] == every).all()
+    assert 1 <= sample.weights[0] <= every
+
+
+def test_every_query_of_a_block_is_as_likely_as_the_others() -> None:
+    places = torch.cat([(length - 1 - draw_queries(length, 0, 4, CPU).rows) % 4 for length in range(4, 800, 4)])
+    shares = places.bincount(minlength=4) / len(places)
+    assert (shares - 0.25).abs().max() < 4 * (0.25 * 0.75 / len(places)) ** 0.5
+
+
+def test_the_draw_is_the_same_on_every_machine_and_in_every_run() -> None:
+    assert draw_queries(40, 10, 4, CPU).rows.tolist() == [11, 13, 16, 21, 24, 29, 33, 39]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 1000])
+def test_an_ordered_sum_is_the_sum_and_the_same_bits_among_others(count: int) -> None:
+    values = torch.randn(7, count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    before = values.clone()
+    sums = ordered_sum(values)
+    torch.testing.assert_close(sums, values.sum(-1), rtol=1e-12, atol=1e-12)
+    assert torch.equal(sums[3], ordered_sum(values[3]))
+    assert torch.equal(ordered_sum(values.T.contiguous().T), sums)
+    assert torch.equal(values, before)
+
+
+def other_draws(count: int, seed: int = 0) -> list[QuerySample]:
+    """Draws of one query in eight that differ only in their random numbers."""
+    drawn = draw_queries(LENGTH, far_distance(LENGTH), 8, CPU)
+    ends = LENGTH - 8 * torch.arange(len(drawn.rows)).flip(0)
+    generator = torch.Generator().manual_seed(seed)
+    places = [(torch.rand(len(ends), generator=generator) * drawn.weights).long() for _ in range(count)]
+    return [QuerySample(ends - 1 - place, drawn.weights, 8) for place in places]
+
+
+def test_over_many_draws_the_mean_is_the_exact_value_and_the_error_is_the_spread(
+    calculator: FirstLayer, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = LongAttn().measure(calculator, windows)
+    draws = other_draws(300)
+    monkeypatch.setattr(longattn, "draw_queries", lambda *_: draws.pop())
+    measured = [LongAttn(query_fraction="1/8").measure(calculator, windows) for _ in range(len(draws))]
+    for name in MEASURES:
+        estimates = torch.stack([each[name] for each in measured])
+        reported = torch.stack([each[f"{name}_error"] for each in measured])
+        bias = (estimates.mean(0) - exact[name]) / (estimates.std(0) / len(measured) ** 0.5)
+        assert (bias.abs() < 4).all()
+        ratio = reported.square().mean(0) / estimates.var(0)
+        assert (ratio > 0.75).all()
+        assert (ratio < 1.35).all()
+
+
+@pytest.mark.parametrize("skip_sink", [False, True])
+@pytest.mark.parametrize("every", [2, 8])
+def test_an_estimate_is_within_its_error_of_the_exact_value(
+    every: int, skip_sink: bool, calculator: FirstLayer, windows: torch.Tensor
+) -> None:
+    exact = LongAttn(skip_sink=skip_sink, detail=True).measure(calculator, windows)
+    estimate = LongAttn(skip_sink=skip_sink, detail=True, query_fraction=1 / every).measure(calculator, windows)
+    for name in MEASURES:
+        error = estimate[f"{name}_error"]
+        assert (error > 0).all()
+        assert (error < 0.1 * exact[name]).all()
+        assert ((estimate[name] - exact[name]).abs() < 4 * error).all()
+        torch.testing.assert_close(estimate[f"{name}_heads"], exact[f"{name}_heads"], rtol=0.3, atol=0)
+    assert not torch.equal(estimate["variance"], exact["variance"])
+
+
+def test_all_queries_are_the_default_and_the_same_bits(calculator: FirstLayer, windows: torch.Tensor) -> None:
+    whole, one = LongAttn().measure(calculator, windows), LongAttn(query_fraction=1).measure(calculator, windows)
+    assert whole.keys() == one.keys() == set(MEASURES)
+    assert all(torch.equal(whole[name], one[name]) for name in MEASURES)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25], ids=["all", "quarter"])
+def test_a_window_is_the_same_bits_alone_and_among_others(
+    fraction: float, calculator: FirstLayer, windows: torch.Tensor
+) -> None:
+    method = LongAttn(detail=True, query_fraction=fraction)
+    together, alone = method.measure(calculator, windows), method.measure(calculator, windows[1:])
+    assert {field.name for field in method.columns()} == together.keys()
+    assert all(torch.equal(together[name][1], alone[name][0]) for name in together)
+
+
+@pytest.mark.parametrize("given", ["1/8", "0.125", 0.125, " 1/8 "])
+def test_a_fraction_is_one_over_a_whole_number(given: str | float) -> None:
+    method = build_method("longattn", query_fraction=given)
+    assert method == LongAttn(query_fraction=0.125)
+    assert parameters_of(method)["query_fraction"] == 0.125
+    assert build_method("longattn", **parameters_of(method)) == method
+
+
+def test_a_third_is_a_third() -> None:
+    method = LongAttn(query_fraction="1/3")
+    assert LongAttn(**parameters_of(method)) == method
+    assert method.shortest() == 12
+
+
+@pytest.mark.parametrize("given", ["3/8", "0", "2", "-1/8", "1/0", "half", 0.3, float("nan"), float("inf"), ""])
+def test_another_fraction_is_refused(given: str | float) -> None:
+    with pytest.raises(UsageError, match=r"--query-fraction takes 1 or a part of it such as 1/8 or 0\.125"):
+        LongAttn(query_fraction=given)
+
+
+@pytest.mark.parametrize("every", [2, 3, 8])
+@pytest.mark.parametrize("skip", [0, 128])
+def test_the_shortest_window_is_the_first_with_three_blocks(every: int, skip: int) -> None:
+    shortest = LongAttn(skip_sink=skip > 0, query_fraction=1 / every).shortest()
+
+    def blocks(length: int) -> int:
+        return -(-(length - far_distance(length) - skip) // every)
+
+    assert blocks(shortest) >= 3 > blocks(shortest - 1)
+    assert len(draw_queries(shortest, far_distance(shortest) + skip, every, CPU).rows) >= 3
