@@ -57,10 +57,11 @@ class TestMeasure:
 
     def test_agrees_with_longattn(self, meter, checkpoint):
         ids = samples(1)[0].input_ids
-        row = LongAttn(detail=True).measure(FirstLayer.load(checkpoint), torch.from_numpy(ids.astype(np.int64)))
+        windows = torch.from_numpy(ids.astype(np.int64))[None]
+        columns = LongAttn(detail=True).measure(FirstLayer.load(checkpoint), windows)
         values = meter.measure(ids)
-        assert values["strength"] == pytest.approx(row["dependency_strength_heads"], rel=1e-5)
-        assert values["variance"] == pytest.approx(row["variance_heads"], rel=1e-4)
+        assert values["strength"] == pytest.approx(columns["dependency_strength_heads"][0].numpy(), rel=1e-5)
+        assert values["variance"] == pytest.approx(columns["variance_heads"][0].numpy(), rel=1e-4)
 
     def test_has_the_statistics_of_every_head(self, meter):
         ids = samples(1)[0].input_ids
