@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longsift.errors import OutputError
 from longsift.shards import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST_ERROR = 1e-3  # relative, of a measure that doctor takes for right
 
 
 def run_status(out: Path) -> dict[str, Any]:
@@ -80,22 +84,17 @@ def _age(folder: RunFolder, stage: str) -> float | None:
 
 
 def machine() -> dict[str, Any]:
-    """Devices, backends and libraries of this machine, as longsift would use them."""
+    """Devices, backends and libraries of this machine, as longsift would use them; the backends are tried out."""
     import torch
 
     from longsift import __version__
     from longsift.calculators.checkpoint import locate
 
-    gpus = [
-        {
-            "gpu": f"cuda:{i}",
-            "name": torch.cuda.get_device_name(i),
-            "memory GiB": round(torch.cuda.get_device_properties(i).total_memory / 2**30, 1),
-        }
-        for i in range(torch.cuda.device_count())
-    ]
+    count = torch.cuda.device_count()
+    gpus = [_gpu(i) for i in range(count)]
     libraries = (
         "torch",
+        "triton",
         "transformers",
         "tokenizers",
         "safetensors",
@@ -105,19 +104,79 @@ def machine() -> dict[str, Any]:
         "datasets",
         "s3fs",
     )
+    platform_of_gpus = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     return {
         "longsift": __version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "device": f"cuda ({len(gpus)})" if gpus else "cpu: PyTorch sees no GPU",
-        "attention backend": "Triton for spans, blockwise PyTorch for the rest"
-        if gpus and importlib.util.find_spec("triton")
-        else "blockwise PyTorch",
+        "device": f"cuda ({count}), {platform_of_gpus}" if gpus else "cpu: PyTorch sees no GPU",
+        "processes that score": max(count, 1),
         "embedded calculator": str(locate("embedded").name),
         "libraries": {name: _version(name) for name in libraries},
         "gpus": gpus,
+        "attention": attention_backends([f"cuda:{i}" for i in range(count)] or ["cpu"]),
     }
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    architecture = getattr(properties, "gcnArchName", None) if torch.version.hip else None
+    return {
+        "gpu": f"cuda:{index}",
+        "name": properties.name,
+        "memory GiB": round(properties.total_memory / 2**30, 1),
+        "architecture": architecture or f"compute capability {properties.major}.{properties.minor}",
+    }
+
+
+def attention_backends(devices: Sequence[str]) -> list[dict[str, Any]]:
+    """Which backend the attention measures take for queries of each type on each device, why, and whether it is right.
+
+    Each is tried on a small input, against the definition in float64.
+    """
+    import torch
+
+    from longsift.attention import chosen_backend
+
+    rows = []
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            generator = torch.Generator().manual_seed(0)
+            q, k = (torch.randn(1, heads, 300, 64, generator=generator).to(device, dtype) for heads in (4, 2))
+            backend, why = chosen_backend(q)
+            name = "blockwise PyTorch"
+            if backend == "triton":
+                interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+                name = f"Triton {_version('triton')}" + (", interpreted: slow" if interpreted else "")
+                why = "a GPU, and Triton is here"
+            rows.append(
+                {
+                    "device": device,
+                    "type": str(dtype).removeprefix("torch."),
+                    "backend": name,
+                    "why": why,
+                    "check": _tried(q, k),
+                }
+            )
+    return rows
+
+
+def _tried(q: Tensor, k: Tensor) -> str:
+    """How far the measures of these queries and keys are from the definition."""
+    from longsift.attention import far_statistics, span_focus
+
+    try:
+        exact = q.double().cpu(), k.double().cpu()
+        far, far_exact = far_statistics(q, k, 75), far_statistics(*exact, 75, backend="reference")
+        pairs = [(far.strength, far_exact.strength), (far.variance, far_exact.variance)]
+        pairs.append((span_focus(q, k, 32)[..., 1:, 0], span_focus(*exact, 32, backend="reference")[..., 1:, 0]))
+        largest = max(float(((ours.double().cpu() - true) / true).abs().max()) for ours, true in pairs)
+    except Exception as error:  # a compiler that does not work, a GPU that is lost: doctor tells, whatever it is
+        return f"FAILS: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return f"right to {largest:.0e}" if largest <= LARGEST_ERROR else f"WRONG by {largest:.0e}"
 
 
 def _version(name: str) -> str:

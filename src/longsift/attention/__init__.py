@@ -176,7 +176,7 @@ def span_focus(
 def chosen_backend(q: Tensor) -> tuple[Backend, str | None]:
     """The backend that "auto" takes for these queries, and why it is not the kernels where it is not."""
     if not q.is_cuda:
-        return "cpu", f"the kernels need a GPU, and these queries are on {q.device.type}"
+        return "cpu", f"the kernels need a GPU; these are on the {q.device.type}"
     refusal = _kernels_refuse(q)
     return ("triton", None) if refusal is None else ("cpu", f"the backend triton {refusal}")
 
