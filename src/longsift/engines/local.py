@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _AHEAD = 2  # shards that a process has at a time: it reads the next while it measures one
 _POLL = 0.05  # seconds within which new shards are handed out
 _SAY_EVERY = 0.2  # seconds between two messages of a process on how far it is
+_TARGET = f"{__name__}:score_in_process"
 
 Advance = Callable[[int, int, int], None]
 
@@ -239,8 +240,7 @@ class LocalEngine:
             import torch
 
             threads = max(1, torch.get_num_threads() // len(self._devices))
-        target = f"{__name__}:{score_in_process.__name__}"
-        return _Process(Child(target, self._scores, self._model, self._options, device, threads), device)
+        return _Process(Child(_TARGET, self._scores, self._model, self._options, device, threads), device)
 
     def _hand_out(self) -> None:
         for process in sorted(self._processes, key=lambda process: len(process.shards)):

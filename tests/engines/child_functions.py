@@ -1,0 +1,77 @@
+"""What the processes of the tests do; they import this by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from longsift.engines.children import Link
+from longsift.engines.local import Facts, Shard
+from longsift.errors import ModelError
+from longsift.options import ModelOptions, ScoreOptions
+
+
+def double(link: Link, offset: int) -> None:
+    """Send twice every number that comes, and the offset."""
+    for number in iter(link.receive, None):
+        link.send(2 * number + offset)
+
+
+def many(link: Link, size: int) -> None:
+    """Answer every message with `size` bytes."""
+    while True:
+        link.send(bytes(size) + link.receive()[:0])
+
+
+def fail(link: Link) -> None:
+    """Raise an error with a note."""
+    error = ModelError("there is no such model")
+    error.add_note("while loading")
+    raise error
+
+
+class Unpicklable(Exception):
+    """An error that cannot be made again from what it holds."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def fail_strangely(link: Link) -> None:
+    """Raise an error that cannot be sent."""
+    raise Unpicklable(1, 2)
+
+
+def name_self(link: Link) -> None:
+    """Send the number of this process, and wait for ever."""
+    link.send(os.getpid())
+    time.sleep(1000)
+
+
+def score(
+    link: Link, scores: Path, model: ModelOptions, options: ScoreOptions, device: str, threads: int | None
+) -> None:
+    """Copy shards as the engine's processes score them; what a shard says decides what becomes of the process."""
+    if model.model == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    link.send(Facts({"device": device}, None))
+    for path in iter(link.receive, None):
+        text = path.read_text()
+        tries = path.with_suffix(".tries")
+        with tries.open("a") as file:
+            file.write("x")
+        link.send((len(text), 1, 0))
+        if text == "kill" or (text == "kill once" and tries.read_text() == "x"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if text == "fault":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if text == "refuse":
+            raise ModelError("no such layer")
+        if text == "slow":
+            time.sleep(0.3)
+        (scores / path.name).write_text(f"{text} {device}")
+        link.send(Shard(path.stem, {"windows": 1, "failed": 0, "tokens": len(text), "reasons": {}}, len(text)))
+    sys.exit(0)
