@@ -36,7 +36,7 @@ from longsift.methods.ladm import Ladm
 from longsift.methods.longattn import far_distance
 from longsift.scoring import resolve_device
 from measuring import exponential_rate, input_sets, matmul_rate, parser, peak_bytes, table, time_calls, write
-from published import SPAN, ladm_dependency, ladm_layer, longattn_layer, published
+from published import SPAN, far_mask, ladm_dependency, ladm_layer, longattn_layer, published
 from shapes import LAYERS, Layer, library_documents, model_config, random_windows
 
 LENGTH, ODD, QUICK = 32_768, 32_765, 2_560
@@ -146,6 +146,9 @@ def published_windows(length: int, device: torch.device, quick: bool) -> Iterato
             "case": title,
             "length": length,
             "batch": batch,
+            "mask_ms": time_calls(lambda _: far_mask(length, device), device, warm_up=1, least=2, most=3).ms
+            if method == "longattn"
+            else None,
             **_published_window(published(method, layer, config, device), ids, device),
         }
 
@@ -297,17 +300,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kernels += kernel_rows(name, LAYERS[name], tokens, dtype, device, rates)
         if not args.no_published:
             kernels += published_statistics(name, LAYERS[name], length, dtypes[-1], device)
-    print_kernels(kernels)
+    print("\n" + kernel_table(kernels), flush=True)
     whole = [] if args.no_published else list(published_windows(length, device, args.quick))
     if whole:
-        headers = ("the published way, one window", "tokens", "ms", "least–largest", "peak GiB")
-        print("\n" + table(headers, [_window_cells(row) for row in whole]), flush=True)
+        print("\n" + published_table(whole), flush=True)
     found = list(error_rows(layers, args.model or ["embedded"], length, dtypes, device))
-    print_errors(found)
+    print("\n" + error_table(found), flush=True)
     write(args.out, device, {"rates": rates, "kernels": kernels, "published": whole, "errors": found})
 
 
-def print_kernels(rows: list[dict[str, Any]]) -> None:
+def kernel_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Times, rates and floors of the measures."""
     headers = (
         "layer",
         "measure",
@@ -324,22 +327,42 @@ def print_kernels(rows: list[dict[str, Any]]) -> None:
         (row["layer"], row["measure"], row["length"], row["dtype"], row["ms"], _spread(row), *map(row.get, floors))
         for row in rows
     ]
-    print("\n" + table(headers, cells), flush=True)
+    return table(headers, cells)
 
 
-def print_errors(rows: list[dict[str, Any]]) -> None:
+def published_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Times and memory of the published way."""
+    headers = (
+        "the published way, one window",
+        "tokens",
+        "ms",
+        "least–largest",
+        "of it the mask on the host ms",
+        "peak GiB",
+    )
+    cells = [
+        (
+            row["case"],
+            row["length"],
+            row["ms"],
+            _spread(row),
+            row["mask_ms"],
+            None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30,
+        )
+        for row in rows
+    ]
+    return table(headers, cells)
+
+
+def error_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Relative errors against float64."""
     names = list(dict.fromkeys(name for row in rows for name in row["errors"]))
     cells = [(row["inputs"], row["length"], row["dtype"], *map(row["errors"].get, names)) for row in rows]
-    print("\n" + table(("relative error on", "tokens", "dtype", *names), cells), flush=True)
+    return table(("relative error on", "tokens", "dtype", *names), cells)
 
 
 def _spread(row: dict[str, Any]) -> str:
     return f"{row['low_ms']:.3g}–{row['high_ms']:.3g}"
-
-
-def _window_cells(row: dict[str, Any]) -> tuple[object, ...]:
-    peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
-    return row["case"], row["length"], row["ms"], _spread(row), peak
 
 
 if __name__ == "__main__":

@@ -15,13 +15,15 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import attention_kernels
+import long_windows
+import throughput as throughput_program
 from longsift.scoring import resolve_device
 from measuring import RESULTS, command, machine, parser, slug, table
 
@@ -149,37 +151,69 @@ def _number(value: float) -> str:
     return f"{value:.1e}" if abs(value) < 1e-2 else f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def run_program(name: str, flags: Sequence[str], device: str, folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """Run one program, its output shown and returned; its figures, or None when it failed."""
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """Every table of the results, by its title, anew from the figures."""
+    kernels, throughput = results.get("attention_kernels", {}), results.get("throughput", {})
+    long_rows = results.get("long_windows", {}).get("windows")
+    costs = results.get("calibrated_cost", {}).get("rows")
+    parts = {
+        "Statistics of one layer": (attention_kernels.kernel_table, kernels.get("kernels")),
+        "The published way": (attention_kernels.published_table, kernels.get("published")),
+        "Errors against float64": (attention_kernels.error_table, kernels.get("errors")),
+        "Ids to scores": (throughput_program.ids_table, throughput.get("ids")),
+        "Text to scores": (throughput_program.text_table, throughput.get("text")),
+        "Sampled queries": (throughput_program.sampled_table, throughput.get("sampled")),
+        "Several GPUs": (throughput_program.worker_table, throughput.get("workers")),
+        "Long windows": (long_windows.long_table, long_rows),
+        "calibrated next to one plain forward of SmolLM2-135M's shape": (cost_table, costs),
+    }
+    return {title: make(rows) for title, (make, rows) in parts.items() if rows}
+
+
+def cost_table(rows: Sequence[dict[str, Any]]) -> str:
+    """What calibrated costs; see calibrated_cost.py."""
+    names = ("tokens", "heads", "plain_ms", "stopped_ms", "calibrated_ms", "ratio")
+    return table([name.replace("_", " ") for name in names], [[row[name] for name in names] for row in rows])
+
+
+def page(results: dict[str, Any]) -> str:
+    """The Markdown page of a run."""
+    facts = results["machine"]
+    about = table(("", ""), [(name.replace("_", " "), value) for name, value in facts.items() if value is not None])
+    parts = {"Targets": target_table(results), **tables(results)}
+    rates = results.get("attention_kernels", {}).get("rates")
+    if rates:
+        told = [f"{rate / 1e12:.3g} T/s {name.removeprefix('torch.')}" for name, rate in rates.items()]
+        parts = {
+            "Rates of this machine": f"FLOP/s of a matrix product, exponentials a second: {', '.join(told)}."
+        } | parts
+    sections = "\n".join(f"## {title}\n\n{text}\n" for title, text in parts.items())
+    return f"# Benchmarks on {facts.get('gpu', facts['cpu'])}\n\n`{results['command']}`\n\n{about}\n\n{sections}"
+
+
+def run_program(name: str, flags: Sequence[str], device: str, folder: Path) -> dict[str, Any] | None:
+    """Run one program in a process of its own; its figures, or None when it failed."""
     out = folder / f"{name}.json"
     arguments = [sys.executable, str(HERE / f"{name}.py"), "--device", device, "--out", str(out), *flags]
     began = time.perf_counter()
     print(f"\n## {name} {' '.join(flags)}", flush=True)
-    said = []
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        limit = threading.Timer(SECONDS_OF_ONE, process.kill)
-        limit.start()
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            said.append(line)
-        limit.cancel()
+    try:
+        code = subprocess.run(arguments, timeout=SECONDS_OF_ONE).returncode
+    except subprocess.TimeoutExpired:
+        code = None
     seconds = time.perf_counter() - began
-    print(f"{name}: {seconds:.0f} s, exit code {process.returncode}", flush=True)
-    if process.returncode or not out.exists():
-        return None, "".join(said)
+    print(f"{name}: {seconds:.0f} s, {'stopped' if code is None else f'exit code {code}'}", flush=True)
+    if code != 0:
+        return None
     content = json.loads(out.read_text("utf-8")) | {"seconds": round(seconds, 1)}
-    return {key: value for key, value in content.items() if key != "machine"}, "".join(said)
+    return {key: value for key, value in content.items() if key != "machine"}
 
 
-def page(results: dict[str, Any], tables: str) -> str:
-    """The Markdown page of a run."""
-    facts = results["machine"]
-    about = table(("", ""), [(name, value) for name, value in facts.items() if value is not None])
-    return (
-        f"# Benchmarks on {facts.get('gpu', facts['cpu'])}\n\n`{results['command']}`\n\n{about}\n\n"
-        f"## Targets\n\n{target_table(results)}\n\n{tables}"
-    )
+def save(results: dict[str, Any], json_file: Path) -> None:
+    """Write the figures and their page; after each program, so that a later one cannot take them along."""
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    json_file.with_suffix(".md").write_text(page(results), encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -190,25 +224,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = resolve_device(args.device)
     facts = machine(device)
     json_file = args.out / f"{slug(facts)}.json"
-    page_file = json_file.with_suffix(".md")
     results: dict[str, Any] = json.loads(json_file.read_text("utf-8")) if args.only and json_file.exists() else {}
     results |= {"machine": facts, "command": command()}
-    failed, said = [], {}
+    failed = []
     programs = QUICK if args.quick else PROGRAMS
     with tempfile.TemporaryDirectory() as name:
         for program, own in programs.items():
             if args.only and program not in args.only:
                 continue
-            content, said[program] = run_program(program, own, args.device, Path(name))
+            content = run_program(program, own, args.device, Path(name))
             if content is None:
                 failed.append(program)
             else:
                 results[program] = content
-    args.out.mkdir(parents=True, exist_ok=True)
-    json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    tables = "\n".join(f"## {program}\n\n{text.strip()}\n" for program, text in said.items())
-    page_file.write_text(page(results, tables), encoding="utf-8")
-    print(f"\n{target_table(results)}\n\nwritten to {json_file} and {page_file}")
+                save(results, json_file)
+    save(results, json_file)
+    print(f"\n{target_table(results)}\n\nwritten to {json_file} and {json_file.with_suffix('.md')}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

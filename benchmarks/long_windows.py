@@ -69,6 +69,21 @@ def _timed(scorer: Scorer, windows: Sequence[Any], device: torch.device, few: bo
     return time_calls(lambda turn: scorer.measure(windows[turn % 2]), device, warm_up=warm_up, least=least, most=most)
 
 
+def long_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Seconds and memory of a window by its length."""
+    cells = [
+        (
+            row["case"],
+            row["length"],
+            row["seconds"],
+            row["high_seconds"],
+            None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30,
+        )
+        for row in rows
+    ]
+    return table(("one window", "tokens", "s", "largest s", "peak GiB"), cells)
+
+
 def curve(rows: Sequence[dict[str, Any]]) -> str:
     """An SVG of seconds by length, both on logarithmic scales."""
     width, height, left, right, top, bottom = 720, 400, 60, 250, 20, 40
@@ -133,18 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows += rows_of(case, models, lengths, args.most_seconds, device)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-        headers = ("window", "tokens", "s", "largest s", "peak GiB")
-        cells = [
-            (
-                row["case"],
-                row["length"],
-                row["seconds"],
-                row["high_seconds"],
-                None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30,
-            )
-            for row in rows
-        ]
-        print("\n" + table(headers, cells), flush=True)
+        print("\n" + long_table(rows), flush=True)
         write(args.out, device, {"windows": rows})
     if args.curve is not None:
         args.curve.write_text(curve(rows), encoding="utf-8")

@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in cases:
                 results["ids"].append(ids_row(name, models, length, device))
                 _release(device)
-            print_ids(results["ids"])
+            print("\n" + ids_table(results["ids"]), flush=True)
         corpus = args.corpus
         if corpus is None and {"sampled", "text"} & {*chosen}:
             corpus = folder / "corpus"
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in names:
                 results["text"].append(text_row(name, models, corpus, folder, length, device))
                 _release(device)
-            print_text(results["text"])
+            print("\n" + text_table(results["text"]), flush=True)
             run = folder / f"text-{names[0]}"
         if "sampled" in chosen:
             if run is None:
@@ -306,14 +306,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 pipeline.cut([str(corpus)], run, ModelOptions(), WindowOptions(window=length), quiet=True)
             most = 8 if args.quick else SAMPLED_WINDOWS
             results["sampled"] = list(sampled_rows(models, read_windows(run, most), device))
-            print_sampled(results["sampled"])
+            print("\n" + sampled_table(results["sampled"]), flush=True)
         if "workers" in chosen:
             _release(device)
             numbers = args.workers or list(range(1, max(1, torch.cuda.device_count()) + 1))
             vocabulary = 8192 if args.quick else 128_256
             windows = random_windows(4 if args.quick else 1024 * max(numbers), length, vocabulary)
             results["workers"] = list(worker_rows(models, id_run(folder, windows), folder, numbers, args.device))
-            print_workers(results["workers"])
+            print("\n" + worker_table(results["workers"]), flush=True)
     write(args.out, device, results)
 
 
@@ -322,9 +322,10 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def print_ids(rows: list[dict[str, Any]]) -> None:
+def ids_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Ids → scores of each case."""
     headers = ("ids → scores", "tokens", "ms a window", "least–largest", "one window alone ms", "tokens/s")
-    print("\n" + table(headers, [_ids_cells(row) for row in rows]), flush=True)
+    return table(headers, [_ids_cells(row) for row in rows])
 
 
 def _ids_cells(row: dict[str, Any]) -> tuple[object, ...]:
@@ -332,7 +333,8 @@ def _ids_cells(row: dict[str, Any]) -> tuple[object, ...]:
     return row["case"], row["length"], row["ms"], spread, row["one_window_ms"], round(row["tokens_per_s"])
 
 
-def print_text(rows: list[dict[str, Any]]) -> None:
+def text_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Text → scores of each case, and the seconds of the stages."""
     names = list(dict.fromkeys(name for row in rows for name in row["stages_s"]))
     headers = ("text → scores", "MB", "windows", "tokens", *(f"{name} s" for name in names), "all s", "tokens/s")
     cells = [
@@ -347,17 +349,19 @@ def print_text(rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     ]
-    print("\n" + table(headers, cells), flush=True)
+    return table(headers, cells)
 
 
-def print_sampled(rows: list[dict[str, Any]]) -> None:
+def sampled_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rank correlations of sampled with exact measures."""
     names = list(rows[0]["spearman"])
     cells = [(row["model"], row["windows"], row["length"], *map(row["spearman"].get, names)) for row in rows]
     headers = ("1/8 of the queries against all, Spearman", "windows", "tokens", *names)
-    print("\n" + table(headers, cells), flush=True)
+    return table(headers, cells)
 
 
-def print_workers(rows: list[dict[str, Any]]) -> None:
+def worker_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Tokens a second by the number of processes."""
     first = rows[0]["tokens_per_s"]
     cells = [
         (
@@ -369,7 +373,7 @@ def print_workers(rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     ]
-    print("\n" + table(("workers", "tokens", "s, with start", "tokens/s, running", "× one"), cells), flush=True)
+    return table(("workers", "tokens", "s, with start", "tokens/s, running", "× one"), cells)
 
 
 if __name__ == "__main__":
