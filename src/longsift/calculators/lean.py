@@ -8,12 +8,11 @@ its replacement gives the same numbers to a few roundings of their type.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, get_args
 
 import torch
@@ -36,17 +35,18 @@ def make_lean(network: nn.Module) -> list[str]:
     if importlib.util.find_spec("triton") is None:
         return []
     parts = {"norms": _lean_norm, "gated MLPs": _lean_mlp, "RoPE": _lean_rope}
-    found = []
-    for name, lean in parts.items():
-        replaced = False
-        for module in network.modules():
+    found = dict.fromkeys(parts, False)
+    for module in network.modules():
+        if "forward" in vars(module):  # someone else's, on this very module
+            continue
+        for name, lean in parts.items():
             forward = lean(module)
             if forward is not None:
-                module.forward = forward
-                replaced = True
-        if replaced:
-            found.append(name)
-    return found
+                # The module's own class but for `forward`; a function on the module itself would be a cycle of
+                # references, which keeps the weights on the GPU after their last use.
+                module.__class__ = type(type(module).__name__, (type(module),), {"forward": forward})
+                found[name] = True
+    return [name for name in parts if found[name]]
 
 
 def _fused() -> Any:
@@ -54,28 +54,32 @@ def _fused() -> Any:
 
 
 def _lean_norm(module: nn.Module) -> Callable[..., Tensor] | None:
+    plain, weight = type(module).forward, getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    weight = getattr(module, "weight", None)
     if not isinstance(eps, float) or not isinstance(weight, nn.Parameter) or weight.ndim != 1:
         return None
     if len(list(module.parameters())) > 1 or len(weight) > _fused().LARGEST_ROW:
         return None
     # Rows from small to large, so that another eps shows, and off zero, so that a mean taken away does.
     x = (_numbers(12, len(weight), like=weight) + 1) * torch.logspace(-3, 1, 12).to(weight)[:, None]
-    for offset in (0.0, 1.0):
-        if all(_agree(_fused().rms_norm(each, weight, eps, offset), module.forward(each)) for each in (x, x.float())):
-            return functools.partial(_norm, module.forward, weight, eps, offset)
+
+    def norm(offset: float) -> Callable[[Any, Tensor], Tensor]:
+        def forward(self: Any, x: Tensor) -> Tensor:
+            if x.shape[-1] != len(self.weight) or not _fused().is_dense(x):
+                out: Tensor = plain(self, x)
+            else:
+                out = _fused().rms_norm(x, self.weight, eps, offset)
+            return out
+
+        return forward
+
+    for forward in (norm(0.0), norm(1.0)):
+        if all(_agree(forward(module, each), plain(module, each)) for each in (x, x.float())):
+            return forward
     return None
 
 
-def _norm(plain: Callable[[Tensor], Tensor], weight: Tensor, eps: float, offset: float, x: Tensor) -> Tensor:
-    if x.dtype != weight.dtype or x.shape[-1] != len(weight) or not _fused().is_dense(x):
-        return plain(x)
-    out: Tensor = _fused().rms_norm(x, weight, eps, offset)
-    return out
-
-
-def _lean_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _lean_mlp(module: nn.Module) -> Callable[..., Tensor] | None:
     gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
     activation = getattr(module, "act_fn", None)
     if not (isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear) and activation):
@@ -85,14 +89,15 @@ def _lean_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     for kind in get_args(_fused().Gate):
         # In half precision alone, GELU by its tanh formula could pass for the exact one.
         if _agree(_fused().gate_(grid.clone(), torch.ones_like(grid), kind), activation(grid)):
-            forward = functools.partial(_mlp, gate, up, down, kind)
-            return forward if _agree(forward(x), module.forward(x)) else None
-    return None
+            break
+    else:
+        return None
 
+    def forward(self: Any, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(_fused().gate_(self.gate_proj(x), self.up_proj(x), kind))
+        return out
 
-def _mlp(gate: nn.Linear, up: nn.Linear, down: nn.Linear, kind: str, x: Tensor) -> Tensor:
-    out: Tensor = down(_fused().gate_(gate(x), up(x), kind))
-    return out
+    return forward if _agree(forward(module, x), type(module).forward(module, x)) else None
 
 
 def _lean_rope(module: nn.Module) -> Callable[..., Any] | None:
@@ -110,17 +115,18 @@ def _lean_rope(module: nn.Module) -> Callable[..., Any] | None:
         cos, sin = _numbers(2, 1, 7, head_dim, like=like)
         if not all(map(_agree, _fused().rotate(q, k, cos, sin), plain(q, k, cos, sin))):
             return None
-    namespace = {**forward.__globals__, ROPE: functools.partial(_rope, plain)}
-    copy = FunctionType(forward.__code__, namespace, forward.__name__, forward.__defaults__, forward.__closure__)
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    return MethodType(copy, module)
 
+    def rope(*tensors: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+        if len(tensors) != 4 or how or not _fused().can_rotate(*tensors):  # such as where part of a head is turned
+            rotated: tuple[Tensor, Tensor] = plain(*tensors, **how)
+        else:
+            rotated = _fused().rotate(*tensors)
+        return rotated
 
-def _rope(plain: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
-    if len(tensors) != 4 or how or not _fused().can_rotate(*tensors):  # for example where part of a head is turned
-        return plain(*tensors, **how)
-    rotated: tuple[Tensor, Tensor] = _fused().rotate(*tensors)
-    return rotated
+    namespace = {**forward.__globals__, ROPE: rope}
+    lean = FunctionType(forward.__code__, namespace, forward.__name__, forward.__defaults__, forward.__closure__)
+    lean.__kwdefaults__ = forward.__kwdefaults__
+    return lean
 
 
 def _numbers(*shape: int, like: Tensor) -> Tensor:

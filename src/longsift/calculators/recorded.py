@@ -31,7 +31,6 @@ class _Recording:
     graph: torch.cuda.CUDAGraph
     input_ids: Tensor  # where the graph reads its window
     columns: Columns  # where it leaves its results
-    compute: Compute  # holds what else the graph reads
 
     def replay(self, input_ids: Tensor) -> Columns:
         self.input_ids.copy_(input_ids)
@@ -60,7 +59,7 @@ class Recorder:
 
         Args:
             key: equal only for what computes the same from input_ids of this shape.
-            compute: reads input_ids and tensors that do not change, and returns new tensors.
+            compute: reads input_ids and tensors that outlive the recorder unchanged, and returns new tensors.
             input_ids: (1, length), on the device.
 
         Raises:
@@ -122,7 +121,7 @@ class Recorder:
             except RuntimeError as error:  # also where the memory is too small for a recording
                 log.info("a forward of %d tokens could not be recorded: %s", input_ids.shape[1], error)
                 return None
-        return _Recording(graph, own, columns, compute)
+        return _Recording(graph, own, columns)
 
 
 class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
