@@ -55,7 +55,7 @@ def far_rows(
     """Far mass and squares of every query, each (batch, heads, rows) float32; see `longsift.attention`."""
     batch, heads, count, head_dim = q.shape
     q, k = _addressable(q), _addressable(k)
-    shape = _shape(q)
+    shape = _far_shape(q)
     sums = torch.empty(2, batch, heads, count, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _far_kernel[(triton.cdiv(count, shape.rows) * batch * heads,)](
@@ -103,7 +103,7 @@ def span_focus(
     batch, heads, length, head_dim = q.shape
     q, k = _addressable(q), _addressable(k)
     n_spans = length // span
-    shape = _shape(q)
+    shape = _focus_shape(q)
     pieces = -(-span // shape.rows)
     width = -(-span // pieces)
     padded_width = triton.next_power_of_2(width)
@@ -155,6 +155,68 @@ def span_focus(
     return parts.sum((3, 5)) if pieces > 1 else parts[:, :, :, 0, :, 0]
 
 
+def attend_and_focus(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: int,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    denominator: str = "prior",
+) -> tuple[Tensor, Tensor]:
+    """Attention output and mass between all spans; see `longsift.attention.attend_and_focus`.
+
+    The queries before the first span have no row in the mass, and their output is left to the caller.
+    """
+    batch, heads, length, head_dim = q.shape
+    q, k, v = _addressable(q), _addressable(k), _addressable(v)
+    n_spans = length // span
+    tile, warps, stages, registers = FUSED_SHAPE
+    out = torch.empty(batch, heads, length, v.shape[3], dtype=q.dtype, device=q.device)
+    focus = torch.empty(batch, heads, n_spans, n_spans, dtype=torch.float32, device=q.device)
+    at_once = max(SCRATCH_BYTES // (batch * heads * n_spans * span * 4), 1)
+    scratch = torch.empty(
+        min(at_once, n_spans) * batch * heads, n_spans, span, dtype=torch.float32, device=q.device
+    )
+    with torch.cuda.device_of(q):
+        for first in range(0, n_spans, at_once):
+            _attend_and_focus_kernel[(min(at_once, n_spans - first) * batch * heads,)](
+                q,
+                k,
+                v,
+                out,
+                focus,
+                scratch,
+                *q.stride(),
+                *k.stride(),
+                *v.stride(),
+                heads,
+                heads // k.shape[1],
+                batch * heads,
+                length,
+                first,
+                *_factors(scale, softcap),
+                HEAD_DIM=head_dim,
+                PADDED_DIM=_padded(head_dim),
+                VALUE_DIM=v.shape[3],
+                PADDED_VALUE=_padded(v.shape[3]),
+                SPAN=span,
+                TILE=min(tile, span),
+                LARGEST=LARGEST_SUM if q.dtype != torch.float16 else 2.0**15,
+                CAUSAL=denominator == "causal",
+                SOFTCAP=softcap is not None,
+                PRECISION=_precision(q),
+                num_warps=warps,
+                num_stages=stages,
+                **({"maxnreg": registers} if registers else {}),
+            )
+    return out, focus
+
+
+FUSED_SHAPE = (64, 8, 3, 128)
+
+
 def _longest_first(query_spans: Sequence[int], device: torch.device) -> Tensor:
     """Where each program writes and which span it measures, (2, Q), so that the last to end is a short one.
 
@@ -165,21 +227,29 @@ def _longest_first(query_spans: Sequence[int], device: torch.device) -> Tensor:
 
 
 class _Shape(NamedTuple):
-    """Of a program: queries, keys of a tile, warps, and tiles of keys on their way at once."""
+    """Of a program."""
 
-    rows: int
-    tile: int
+    rows: int  # queries
+    tile: int  # keys taken at once
     warps: int
-    stages: int
+    stages: int  # tiles of keys in shared memory, the one in use included
     registers: int | None = None  # of a thread at most; fewer let two programs share a multiprocessor
 
 
-def _shape(q: Tensor) -> _Shape:
-    """What fits a multiprocessor twice, so that one block is exponentiated while another is multiplied."""
-    wide = q.shape[3] > 128
+# Two programs on a multiprocessor: one is exponentiated while the other is multiplied. Measured on an H100, see
+# docs/performance.md.
+def _far_shape(q: Tensor) -> _Shape:
     if q.dtype == torch.float32:
-        return _Shape(32, 32, 4, 1) if wide else _Shape(64, 64, 4, 1)
-    return _Shape(64, 64, 4, 2) if wide else _Shape(128, 128, 8, 2, 128)
+        return _Shape(32, 32, 4, 1) if q.shape[3] > 128 else _Shape(64, 64, 4, 1)
+    if q.shape[3] > 128:
+        return _Shape(64, 64, 4, 2)
+    return _Shape(128, 64, 8, 3, 128) if q.shape[3] > 64 else _Shape(128, 128, 8, 3, 128)
+
+
+def _focus_shape(q: Tensor) -> _Shape:
+    if q.dtype == torch.float32 or q.shape[3] > 128:
+        return _far_shape(q)
+    return _Shape(128, 128, 8, 2 if q.shape[3] > 64 else 3, 128)  # a span is not cut
 
 
 def _register_limit(shape: _Shape) -> dict[str, int]:
@@ -236,6 +306,28 @@ def _tile_logits(
         # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both infinities too
         b_s = softcap * (1.0 - 2.0 / (tl.exp2(b_s * 2.885390081777927) + 1.0))
     return b_s
+
+
+@triton.jit
+def _tile_values(
+    p_tile,
+    o_in_tile,
+    m_key,
+    stride_vl,
+    stride_vd,
+    VALUE_DIM: tl.constexpr,
+    PADDED_VALUE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A tile of values, [TILE, PADDED_VALUE]; without MASKED, every key is there."""
+    o_v = tl.arange(0, PADDED_VALUE)
+    p_v = p_tile + (o_in_tile[:, None] * stride_vl + o_v[None, :] * stride_vd)
+    if MASKED:
+        return tl.load(p_v, mask=m_key[:, None] & (o_v < VALUE_DIM)[None, :], other=0.0)
+    elif VALUE_DIM == PADDED_VALUE:
+        return tl.load(p_v)
+    else:
+        return tl.load(p_v, mask=(o_v < VALUE_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -559,3 +651,169 @@ def _span_focus_kernel(
     for start in range(visible, all_pieces, TILE):
         o_out = start + o_in_tile
         tl.store(p_out + o_out, tl.zeros([TILE], tl.float32), mask=o_out < all_pieces)
+
+
+@triton.jit
+def _attend_and_focus_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_attention,
+    p_focus,
+    p_scratch,  # [programs, spans, SPAN]: the mass of each row on each key span, not yet normalised
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vl,
+    stride_vd,
+    heads,
+    group,
+    batch_heads,
+    length,
+    first_work,
+    scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_VALUE: tl.constexpr,
+    SPAN: tl.constexpr,
+    TILE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    n_spans = length // SPAN
+    lead = length % SPAN
+    query_span = n_spans - 1 - first_work - program // batch_heads
+    i_batch = (program % batch_heads // heads).to(tl.int64)
+    i_head = program % heads
+    first_row = lead + query_span * SPAN
+    o_in_span = tl.arange(0, SPAN)
+    o_d = tl.arange(0, PADDED_DIM)
+    o_v = tl.arange(0, PADDED_VALUE)
+    o_tile = tl.arange(0, TILE)
+    p_q += i_batch * stride_qb + i_head.to(tl.int64) * stride_qh + first_row.to(tl.int64) * stride_ql
+    p_k += i_batch * stride_kb + (i_head // group).to(tl.int64) * stride_kh
+    p_v += i_batch * stride_vb + (i_head // group).to(tl.int64) * stride_vh
+    far_stride_kl = tl.cast(stride_kl, tl.int64)
+    far_stride_vl = tl.cast(stride_vl, tl.int64)
+    p_scratch += program.to(tl.int64) * n_spans * SPAN
+    b_q = tl.load(
+        p_q + (o_in_span[:, None] * stride_ql + o_d[None, :] * stride_qd), mask=(o_d < HEAD_DIM)[None, :], other=0.0
+    )
+
+    # 1. The keys before the query span, relative to a logit of theirs
+    b_reference = tl.full([SPAN], -float("inf"), tl.float32)
+    for near in tl.static_range(2):
+        start = near * tl.maximum(first_row - TILE, 0)
+        o_key = start + o_tile
+        b_s = _tile_logits(
+            b_q, p_k + start * far_stride_kl, o_tile, o_key < length, stride_kl, stride_kd, scale, softcap,
+            HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+        )  # fmt: skip
+        b_s = tl.where(o_key[None, :] < first_row, b_s, -float("inf"))
+        b_reference = tl.maximum(b_reference, tl.max(b_s, 1))
+    b_out = tl.zeros([SPAN, PADDED_VALUE], tl.float32)
+    b_prior = tl.zeros([SPAN], tl.float32)
+    attempt = 0
+    while attempt < 2:
+        b_out = tl.zeros([SPAN, PADDED_VALUE], tl.float32)
+        b_prior = tl.zeros([SPAN], tl.float32)
+        for start in range(0, tl.minimum(lead, first_row), TILE):
+            o_key = start + o_tile
+            b_s = _tile_logits(
+                b_q, p_k + start * far_stride_kl, o_tile, o_key < lead, stride_kl, stride_kd, scale, softcap,
+                HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+            )  # fmt: skip
+            b_e = tl.exp2(tl.where(o_key[None, :] < lead, b_s, -float("inf")) - b_reference[:, None])
+            b_prior += tl.sum(b_e, 1)
+            b_v = _tile_values(
+                p_v + start * far_stride_vl, o_tile, o_key < lead, stride_vl, stride_vd, VALUE_DIM, PADDED_VALUE, True
+            )
+            b_out = tl.dot(b_e.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+        for key_span in range(0, query_span):
+            b_mass = tl.zeros([SPAN], tl.float32)
+            for part in tl.static_range(SPAN // TILE):
+                start = lead + key_span * SPAN + part * TILE
+                b_s = _tile_logits(
+                    b_q, p_k + start * far_stride_kl, o_tile, o_tile < TILE, stride_kl, stride_kd, scale, softcap,
+                    HEAD_DIM, PADDED_DIM, False, SOFTCAP, PRECISION,
+                )  # fmt: skip
+                b_e = tl.exp2(b_s - b_reference[:, None])
+                b_mass += tl.sum(b_e, 1)
+                b_v = _tile_values(
+                    p_v + start * far_stride_vl, o_tile, o_tile < TILE, stride_vl, stride_vd,
+                    VALUE_DIM, PADDED_VALUE, False,
+                )  # fmt: skip
+                b_out = tl.dot(b_e.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+            tl.store(p_scratch + key_span * SPAN + o_in_span, b_mass)
+            b_prior += b_mass
+        attempt += 2
+        if (tl.max(b_prior, 0) > LARGEST) & (attempt == 2):
+            attempt = 1
+            for start in range(0, first_row, TILE):
+                o_key = start + o_tile
+                b_s = _tile_logits(
+                    b_q, p_k + start * far_stride_kl, o_tile, o_key < length, stride_kl, stride_kd, scale, softcap,
+                    HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+                )  # fmt: skip
+                b_s = tl.where(o_key[None, :] < first_row, b_s, -float("inf"))
+                b_reference = tl.maximum(b_reference, tl.max(b_s, 1))
+
+    # 2. The query span itself, relative to the largest logit so far
+    b_largest = b_reference
+    b_own = tl.zeros([SPAN], tl.float32)
+    for part in range(0, SPAN // TILE):
+        start = first_row + part * TILE
+        b_s = _tile_logits(
+            b_q, p_k + start * far_stride_kl, o_tile, o_tile < TILE, stride_kl, stride_kd, scale, softcap,
+            HEAD_DIM, PADDED_DIM, False, SOFTCAP, PRECISION,
+        )  # fmt: skip
+        b_s = tl.where((part * TILE + o_tile)[None, :] <= o_in_span[:, None], b_s, -float("inf"))
+        b_new = tl.maximum(b_largest, tl.max(b_s, 1))
+        b_shrink = tl.exp2(b_largest - b_new)
+        b_e = tl.exp2(b_s - b_new[:, None])
+        b_own = b_own * b_shrink + tl.sum(b_e, 1)
+        b_v = _tile_values(
+            p_v + start * far_stride_vl, o_tile, o_tile < TILE, stride_vl, stride_vd, VALUE_DIM, PADDED_VALUE, False
+        )
+        b_out = tl.dot(b_e.to(b_v.dtype), b_v, b_out * b_shrink[:, None], input_precision=PRECISION)
+        b_largest = b_new
+    b_shrink = tl.exp2(b_reference - b_largest)
+    b_total = b_prior * b_shrink + b_own
+    row = (program % batch_heads).to(tl.int64) * length + first_row
+    tl.store(
+        p_attention + row * VALUE_DIM + (o_in_span[:, None] * VALUE_DIM + o_v[None, :]),
+        (b_out / b_total[:, None]).to(p_attention.dtype.element_ty),
+        mask=(o_v < VALUE_DIM)[None, :],
+    )
+
+    # Only now is the normaliser of a row known. The rows were written by other threads than those that read them.
+    tl.debug_barrier()
+    b_weight = b_shrink / b_total if CAUSAL else 1.0 / b_prior
+    p_focus += ((program % batch_heads).to(tl.int64) * n_spans + query_span) * n_spans
+    chunk: tl.constexpr = 16
+    o_chunk = tl.arange(0, chunk)
+    for start in range(0, query_span, chunk):
+        o_column = start + o_chunk
+        b_mass = tl.load(
+            p_scratch + start * SPAN + (o_chunk[:, None] * SPAN + o_in_span[None, :]),
+            mask=(o_column < query_span)[:, None],
+            other=0.0,
+        )
+        tl.store(p_focus + o_column, tl.sum(b_mass * b_weight[None, :], 1), mask=o_column < query_span)
+    if CAUSAL:
+        tl.store(p_focus + query_span, tl.sum(b_own / b_total, 0))
+    # Spans that no query of this one sees
+    for start in range(query_span + 1 if CAUSAL else query_span, n_spans, TILE):
+        tl.store(p_focus + start + o_tile, tl.zeros([TILE], tl.float32), mask=start + o_tile < n_spans)
