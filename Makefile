@@ -1,7 +1,8 @@
 # make demo   the main job end to end on text that this machine already has, on a CPU
 # make test   the tests
 # make lint   style and types
-# make bench  the benchmarks
+# make bench  the benchmarks of a CPU
+# make bench-gpu   the benchmarks of a GPU, in a Python that sees one (PYTHON=…)
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -13,7 +14,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: setup demo test lint bench screenshot clean
+.PHONY: setup demo test lint bench bench-gpu screenshot clean
 setup: .venv/ready
 
 demo: setup
@@ -34,6 +35,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/attention_cpu.py
+
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
 
 # The picture at the top of the README; needs Chromium.
 screenshot: demo

@@ -13,7 +13,6 @@ holds for the process, the calculator included.
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from curve import curve
 from longsift.calculators.checkpoint import EMBEDDED
 from longsift.scoring import Scorer, resolve_device
 from measuring import Timing, parser, peak_bytes, table, time_calls, write
@@ -82,49 +82,6 @@ def long_table(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     return table(("one window", "tokens", "s", "largest s", "peak GiB"), cells)
-
-
-def curve(rows: Sequence[dict[str, Any]]) -> str:
-    """An SVG of seconds by length, both on logarithmic scales."""
-    width, height, left, right, top, bottom = 720, 400, 60, 250, 20, 40
-    lengths = sorted({row["length"] for row in rows})
-    seconds = [row["seconds"] for row in rows]
-    low, high = math.floor(math.log10(min(seconds))), math.ceil(math.log10(max(seconds)))
-
-    def x(length: int) -> float:
-        span = math.log2(lengths[-1] / lengths[0]) or 1.0
-        return left + math.log2(length / lengths[0]) / span * (width - left - right)
-
-    def y(value: float) -> float:
-        return height - bottom - (math.log10(value) - low) / ((high - low) or 1) * (height - top - bottom)
-
-    colors = ("#0b6e99", "#d9730d", "#0f7b6c", "#6940a5", "#ad1a72")
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        'font-size="12"><rect width="100%" height="100%" fill="white"/>'
-    ]
-    for power in range(low, high + 1):
-        parts.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{y(10**power):.1f}" y2="{y(10**power):.1f}" stroke="#ddd"/>'
-            f'<text x="{left - 6}" y="{y(10**power) + 4:.1f}" text-anchor="end">{10**power:g} s</text>'
-        )
-    for length in lengths:
-        parts.append(
-            f'<text x="{x(length):.1f}" y="{height - bottom + 18}" text-anchor="middle">'
-            f"{f'{length // 1024}K' if length < 1 << 20 else f'{length >> 20}M'}</text>"
-        )
-    for color, name in zip(colors, dict.fromkeys(row["name"] for row in rows), strict=False):
-        points = [(x(row["length"]), y(row["seconds"])) for row in rows if row["name"] == name]
-        line = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{color}"/>' for px, py in points]
-        title = next(row["case"] for row in rows if row["name"] == name)
-        slot = list(dict.fromkeys(row["name"] for row in rows)).index(name)
-        parts.append(f'<text x="{width - right + 14}" y="{top + 14 + 18 * slot}" fill="{color}">{title}</text>')
-    parts.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">tokens of a window</text></svg>'
-    )
-    return "\n".join(parts) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

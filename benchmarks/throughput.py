@@ -235,10 +235,10 @@ def id_run(folder: Path, windows: Windows) -> Path:
     """A run folder whose windows are the given ids."""
     (folder / "ids").mkdir()
     for start in range(0, len(windows), 256):
-        rows = pa.table(
-            {"input_ids": pa.array([list(ids) for ids in windows[start : start + 256]], pa.list_(pa.int32()))}
-        )
-        pq.write_table(rows, folder / "ids" / f"{start:06d}.parquet")
+        some = windows[start : start + 256]
+        offsets = np.cumsum([0, *map(len, some)], dtype=np.int32)
+        column = pa.ListArray.from_arrays(offsets, np.concatenate(some))
+        pq.write_table(pa.table({"input_ids": column}), folder / "ids" / f"{start:06d}.parquet")
     pipeline.cut([str(folder / "ids")], folder / "ids-run", quiet=True)
     return folder / "ids-run"
 
