@@ -16,7 +16,7 @@ class GivenLayer:
     device = torch.device("cpu")
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor) -> None:
-        self.q, self.k = q, k
+        self.q, self.k, self.kv_heads = q, k, k.shape[1]
 
     def shares(self, queries):
         return [range(i, i + 1) for i in range(self.k.shape[1])]

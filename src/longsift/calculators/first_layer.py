@@ -67,6 +67,7 @@ class FirstLayer:
         max_length: the longest window that the model's configuration states, in tokens; None when it states none.
             Longer windows are computed all the same.
         device: where the queries and keys are.
+        kv_heads: key heads.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class FirstLayer:
         ids = few[torch.randint(len(few), (1, BLOCK), generator=some)].to(device)
         seen = self._plain(ids)
         plain, self._window = seen.attention, seen.window
-        self._heads, self._kv_heads, self._head_dim = plain.q.shape[1], plain.k.shape[1], plain.q.shape[-1]
+        self._heads, self.kv_heads, self._head_dim = plain.q.shape[1], plain.k.shape[1], plain.q.shape[-1]
         self._scale, self._softcap = plain.scale, plain.softcap
         if fits and kernel_applies(device):
             turned = self._make_turned()
@@ -176,12 +177,12 @@ class FirstLayer:
                 f"measure what a window of {length} has to do with its far past. Choose a model whose first layer "
                 "is global, or --method ladm, which measures the global layers."
             )
-        kv_heads = range(self._kv_heads) if kv_heads is None else kv_heads
+        kv_heads = range(self.kv_heads) if kv_heads is None else kv_heads
         if self._turned is not None:
             q, k = self._turned.look_up(ids, rows, kv_heads)
             return LayerAttention(0, q, k, self._scale, self._softcap)
         made = self._look_up(ids)
-        group = self._heads // self._kv_heads
+        group = self._heads // self.kv_heads
         q = made.q[:, kv_heads.start * group : kv_heads.stop * group]
         return replace(made, q=q if rows is None else q[:, :, rows], k=made.k[:, kv_heads.start : kv_heads.stop])
 
@@ -193,9 +194,9 @@ class FirstLayer:
         Args:
             queries: queries of a head, of all windows of a batch together.
         """
-        each = queries * (self._heads // self._kv_heads) * self._head_dim * self._dtype.itemsize
-        most = self._kv_heads if self._turned is None else min(max(QUERY_BYTES // each, 1), self._kv_heads)
-        return [range(at, min(at + most, self._kv_heads)) for at in range(0, self._kv_heads, most)]
+        each = queries * (self._heads // self.kv_heads) * self._head_dim * self._dtype.itemsize
+        most = self.kv_heads if self._turned is None else min(max(QUERY_BYTES // each, 1), self.kv_heads)
+        return [range(at, min(at + most, self.kv_heads)) for at in range(0, self.kv_heads, most)]
 
     def describe(self) -> dict[str, Any]:
         """What a manifest records of this calculator, as plain values.
@@ -205,7 +206,7 @@ class FirstLayer:
         return {
             **described("first_layer", self._location, self._config, self._dtype, self.device),
             "heads": self._heads,
-            "kv_heads": self._kv_heads,
+            "kv_heads": self.kv_heads,
             "head_dim": self._head_dim,
             "vocab_size": self.vocab_size,
             "max_length": self.max_length,
@@ -279,7 +280,7 @@ class FirstLayer:
         """Tables of the whole vocabulary for the kernel, in blocks as above."""
         q, k = (
             torch.empty(self.vocab_size, heads, self._head_dim, dtype=self._dtype, device=self.device)
-            for heads in (self._heads, self._kv_heads)
+            for heads in (self._heads, self.kv_heads)
         )
         with unturned(self._attention):
             for start in range(0, self.vocab_size, BLOCK):

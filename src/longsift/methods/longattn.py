@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 SINK = 128  # tokens: LADM's first span, which draws attention whatever the text is
 
+# Heads see alike in a token, so a sample tells more where not all heads have the same queries. With more draws a GPU
+# would have too little to do at a time.
+DRAWS = 4
+
 
 def far_distance(length: int) -> int:
     """The distance, in tokens, from which a key counts as far: `length - 3·(length // 4)`, about a quarter."""
@@ -88,10 +92,7 @@ class LongAttn:
     def shortest(self) -> int:
         # Below, there is no query with a far key; or too few blocks of them to say how they differ.
         queries = 1 if self._every() == 1 else 2 * self._every() + 1
-        return 4 * -(-(self._skip() + queries) // 3)
-
-    def _skip(self) -> int:
-        return SINK if self.skip_sink else 0
+        return 4 * -(-((SINK if self.skip_sink else 0) + queries) // 3)
 
     def measure(self, calculator: FirstLayer, input_ids: torch.Tensor) -> dict[str, Any]:
         import torch
@@ -99,30 +100,33 @@ class LongAttn:
         from longsift.attention import far_statistics
 
         batch, length = input_ids.shape
-        distance, skip, every = far_distance(length), self._skip(), self._every()
-        sample = None if every == 1 else draw_queries(length, distance + skip, every, calculator.device)
-        rows = None if sample is None else sample.rows
-
-        def far_rows(kv_heads: range) -> tuple[torch.Tensor, torch.Tensor]:
+        distance, skip, every = far_distance(length), SINK if self.skip_sink else 0, self._every()
+        shares = calculator.shares(batch * length) if every == 1 else _draws(calculator.kv_heads)
+        strengths, variances, errors, variance_errors = [], [], [], []
+        for draw, kv_heads in enumerate(shares):
+            sample = None if every == 1 else draw_queries(length, distance + skip, every, draw, calculator.device)
+            rows = None if sample is None else sample.rows
             layer = calculator.queries_keys(input_ids, rows=rows, kv_heads=kv_heads)
             far = far_statistics(
                 layer.q, layer.k, distance, rows=rows, skip=skip, scale=layer.scale, softcap=layer.softcap
             )
-            return far.mass, far.squares
-
-        queries = length if rows is None else len(rows)
-        parts = [far_rows(kv_heads) for kv_heads in calculator.shares(batch * queries)]
-        mass, squares = (torch.cat(some, 1) for some in zip(*parts, strict=True))  # (batch, heads, queries)
-        total = ordered_sum if sample is None else sample.total
-        strength = total(mass) / length
-        variance = (total(squares) - strength.square()) / (length * length - 1)
-        columns = {"dependency_strength": _mean(strength), "variance": _mean(variance)}
-        if sample is not None:
-            # What each query adds, at first order, to (Σ squares − (Σ mass / L)²), of which the variance is made.
-            added = squares - (2 / length) * strength[..., None] * mass
-            errors = sample.standard_error(_mean(mass)) / length, sample.standard_error(_mean(added))
-            columns["dependency_strength_error"] = errors[0]
-            columns["variance_error"] = errors[1] / (length * length - 1)
+            del layer  # the next heads may need its memory
+            total = ordered_sum if sample is None else sample.total
+            strength = total(far.mass) / length
+            strengths.append(strength)
+            variances.append((total(far.squares) - strength.square()) / (length * length - 1))
+            if sample is not None:
+                # What a query adds, at first order, to Σ squares − (Σ mass / L)², of which the variance is made
+                added = far.squares - (2 / length) * strength[..., None] * far.mass
+                errors.append(sample.standard_error(_over_heads(far.mass)))
+                variance_errors.append(sample.standard_error(_over_heads(added)))
+        strength, variance = torch.cat(strengths, 1), torch.cat(variances, 1)  # (batch, heads)
+        heads = strength.shape[1]
+        columns = {"dependency_strength": _over_heads(strength) / heads, "variance": _over_heads(variance) / heads}
+        if errors:  # the draws are independent
+            error, variance_error = (ordered_sum(torch.stack(e, -1).square()).sqrt() for e in (errors, variance_errors))
+            columns["dependency_strength_error"] = error / (heads * length)
+            columns["variance_error"] = variance_error / (heads * (length * length - 1))
         if self.detail:
             columns |= {"dependency_strength_heads": strength, "variance_heads": variance}
         return columns
@@ -133,6 +137,12 @@ class LongAttn:
         )
 
 
-def _mean(heads: torch.Tensor) -> torch.Tensor:
-    """The mean over heads of (batch, heads, …), in float64."""
-    return ordered_sum(heads.movedim(1, -1)) / heads.shape[1]
+def _draws(kv_heads: int) -> list[range]:
+    """The key heads, shared out to independent draws of queries."""
+    draws = min(kv_heads, DRAWS)
+    return [range(i * kv_heads // draws, (i + 1) * kv_heads // draws) for i in range(draws)]
+
+
+def _over_heads(values: torch.Tensor) -> torch.Tensor:
+    """The sum over heads of (batch, heads, …), in float64."""
+    return ordered_sum(values.movedim(1, -1))

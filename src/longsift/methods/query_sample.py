@@ -46,7 +46,7 @@ class QuerySample:
 
 
 @functools.lru_cache(maxsize=16)
-def draw_queries(length: int, first: int, every: int, device: torch.device) -> QuerySample:
+def draw_queries(length: int, first: int, every: int, draw: int, device: torch.device) -> QuerySample:
     """One query drawn uniformly from each block of `every` consecutive queries.
 
     The same ones for every window of a length, so that their scores compare; nothing depends on batch or order. Blocks
@@ -56,6 +56,7 @@ def draw_queries(length: int, first: int, every: int, device: torch.device) -> Q
         length: queries of the window.
         first: queries before it have nothing to measure, and none is drawn from them.
         every: queries of a block.
+        draw: draws of other numbers are independent of each other.
     """
     import torch
 
@@ -65,7 +66,7 @@ def draw_queries(length: int, first: int, every: int, device: torch.device) -> Q
     sizes[0] = starts[0] + every - first
     starts[0] = first
     # Raw numbers of a generator that every version of NumPy keeps; the remainder's bias is below 2^-40.
-    drawn = np.random.PCG64([length, every]).random_raw(count) % sizes.astype(np.uint64)
+    drawn = np.random.PCG64([length, every, draw]).random_raw(count) % sizes.astype(np.uint64)
     rows, weights = starts + drawn.astype(np.int64), sizes.astype(np.float64)
     return QuerySample(torch.from_numpy(rows).to(device), torch.from_numpy(weights).to(device), every)
 
