@@ -11,6 +11,7 @@ from longsift.errors import UsageError
 from longsift.methods import build_method, longattn, parameters_of
 from longsift.methods.longattn import LongAttn, far_distance
 from longsift.methods.query_sample import QuerySample, draw_queries, ordered_sum
+from longsift.scoring import Scorer
 
 CPU = torch.device("cpu")
 LENGTH = 1501
@@ -132,6 +133,14 @@ def test_a_window_is_the_same_bits_alone_and_among_others(
     together, alone = method.measure(calculator, windows), method.measure(calculator, windows[1:])
     assert {field.name for field in method.columns()} == together.keys()
     assert all(torch.equal(together[name][1], alone[name][0]) for name in together)
+
+
+def test_the_errors_stand_in_the_table_of_scores(windows: torch.Tensor) -> None:
+    table = Scorer("longattn", query_fraction="1/4").score([window.tolist() for window in windows])
+    assert table.column("status").to_pylist() == ["ok", "ok"]
+    for name in MEASURES:
+        assert 0 < table.column(f"{name}_error")[0].as_py() < 0.1 * table.column(name)[0].as_py()
+    assert not any(name.endswith("_error") for name in Scorer("longattn").schema().names)
 
 
 @pytest.mark.parametrize("given", ["1/8", "0.125", 0.125, " 1/8 "])
