@@ -2,6 +2,7 @@
 # make test   the tests
 # make lint   style and types
 # make bench  the benchmarks of a CPU
+# make test-gpu    the tests of a GPU, in a Python that sees one (PYTHON=…)
 # make bench-gpu   the benchmarks of a GPU, in a Python that sees one (PYTHON=…)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +15,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: setup demo test lint bench bench-gpu screenshot clean
+.PHONY: setup demo test test-gpu lint bench bench-gpu screenshot clean
 setup: .venv/ready
 
 demo: setup
@@ -27,6 +28,10 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest
+
+# Only the files that hold such tests, since others need packages that such a machine may lack.
+test-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu $$(grep -rl mark.gpu tests --include='test_*.py' | sort)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from longsift import attention
 from longsift.attention import chosen_backend
+from longsift.cli import app
 from longsift.status import attention_backends, machine
-from test_pipeline import as_json, longsift
 
 TYPES = ["float32", "bfloat16", "float16"]
 
 
 def test_each_type_of_queries_has_a_backend_with_its_reason_and_a_check():
-    rows = as_json(longsift("doctor", "--json"))["attention"]
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)["attention"]
     assert [row["type"] for row in rows[:3]] == TYPES
     assert all(row["why"] for row in rows)
     assert all(row["check"].startswith("right to ") for row in rows)
