@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longsift.documents import BadRow, Document, ReadOptions, read_documents
+from longsift.engines.cutters import Cutters
 from longsift.options import ModelOptions, WindowOptions
 from longsift.progress import Progress
 from longsift.shards import RunFolder
@@ -28,12 +31,14 @@ from longsift.windows import (
     Window,
     WindowTokenizer,
     cut_windows,
+    is_text,
     sample_key,
     windows_table,
 )
 
 DEFAULT_WINDOW = 32_768
 _QUARANTINE_ROWS = 10_000  # of a file
+_BYTES_EACH = 4 << 20  # of sources, often compressed, for which another process that cuts is worth its start
 
 Row = TypeVar("Row")
 
@@ -60,9 +65,27 @@ def cut(
         InputError: nothing to read, or a source that cannot be opened.
         OutputError: the folder holds windows of another run.
     """
-    folder = RunFolder(out)
     sources = find_sources(inputs)
-    cutter = Cutter(model, options)
+    folder = RunFolder(out)
+    with folder.lock():
+        return cut_sources(sources, folder, model, options, overwrite=overwrite, quiet=quiet)
+
+
+def cut_sources(
+    sources: Sequence[Source],
+    folder: RunFolder,
+    model: ModelOptions,
+    options: WindowOptions,
+    *,
+    overwrite: bool,
+    quiet: bool,
+    on_part: Callable[[Path], None] = lambda path: None,
+) -> dict[str, Any]:
+    """Do as `cut` in a run folder whose lock is held.
+
+    Args:
+        on_part: called for every file of the windows table, those of an earlier process too, when it is there.
+    """
     identity = {
         "inputs": [[source.url, source.size, source.version] for source in sources],
         "model": model.model or "embedded",
@@ -77,42 +100,66 @@ def cut(
         "limit": options.limit,
         "shard_tokens": options.shard_tokens,
     }
-    with folder.lock():
-        if folder.begin("windows", identity, overwrite=overwrite):
-            return dict(folder.section("windows")["counts"])
-        done = folder.records("windows")
-        total = sum(source.size for source in sources)
-        read = sum(source.size for i, source in enumerate(sources) if f"{i:05d}" in done)
-        with Progress("windows", total, "bytes", done=read, quiet=quiet) as progress:
-            for number, source in enumerate(sources):
-                shard = f"{number:05d}"
-                if shard not in done:
-                    left = None
-                    if options.limit is not None:
-                        left = options.limit - sum(record["documents"] for record in done.values())
-                    record = cutter.cut(source, shard, folder, left, progress)
-                    folder.record("windows", shard, record)
-                    done[shard] = record
-                elif cutter.sample is not None:
-                    for path in folder.windows.glob(f"{shard}-*.parquet"):
-                        for window_id in pq.read_table(path, columns=["window_id"])["window_id"].to_pylist():
-                            cutter.sample.offer(sample_key(window_id, options.seed))
-        if cutter.sample is not None:
-            _keep_sample(folder, cutter.sample.threshold, options.seed)
-        counts = _sum_counts(done.values())
-        if cutter.sample is not None:
-            counts |= {"windows_before_sample": counts["windows"], **_count_sample(folder)}
-        seconds = sum(record["seconds"] for record in done.values())
-        # A source that an earlier process cut may be the one that had text.
-        text = {
-            key: next((r[key] for r in done.values() if r[key] is not None), None) for key in ("tokenizer", "length")
-        }
-        folder.finish("windows", {"counts": counts, "seconds": seconds, **text})
-        return counts
+    if folder.begin("windows", identity, overwrite=overwrite):
+        return dict(folder.section("windows")["counts"])
+    done = folder.records("windows")
+    cutter = Cutter(model, options)
+    left: list[tuple[str, Source]] = []
+    for number, source in enumerate(sources):
+        shard = f"{number:05d}"
+        if shard not in done:
+            left.append((shard, source))
+            continue
+        for path in sorted(folder.windows.glob(f"{shard}-*.parquet")):
+            on_part(path)
+            if cutter.sample is not None:
+                for window_id in pq.read_table(path, columns=["window_id"])["window_id"].to_pylist():
+                    cutter.sample.offer(sample_key(window_id, options.seed))
+    total, bytes_left = (sum(source.size for source in some) for some in (sources, (source for _, source in left)))
+    with Progress("windows", total, "bytes", done=total - bytes_left, quiet=quiet) as progress, ExitStack() as stack:
+
+        def rows() -> Iterator[Iterator[Document | BadRow]]:
+            for _, source in left:
+                documents = read_documents(source, cutter.read, progress.advance)
+                if options.limit is None:
+                    yield documents
+                else:
+                    yield first_documents(documents, options.limit - sum(r["documents"] for r in done.values()))
+
+        processes = _processes(options, bytes_left)
+        cut_rows: Iterator[Iterator[Window | TooShort | BadRow]]
+        if processes > 1:
+            cutters = stack.enter_context(Cutters(processes, lambda: (cutter.tokenizer, cutter.length)))
+            # With a limit, what is read of a source depends on how many documents those before it had.
+            together = [rows()] if options.limit is None else ([some] for some in rows())
+            cut_rows = chain.from_iterable(map(cutters.cut_each, together))
+        else:
+            cut_rows = map(cutter.windows, rows())
+        for (shard, _), cut in zip(left, cut_rows, strict=True):
+            done[shard] = cutter.keep(cut, shard, folder, progress, on_part)
+            folder.record("windows", shard, done[shard])
+    if cutter.sample is not None:
+        _keep_sample(folder, cutter.sample.threshold, options.seed)
+    counts = _sum_counts(done.values())
+    if cutter.sample is not None:
+        counts |= {"windows_before_sample": counts["windows"], **_count_sample(folder)}
+    seconds = sum(record["seconds"] for record in done.values())
+    # A source that an earlier process cut may be the one that had text.
+    text = {key: next((r[key] for r in done.values() if r[key] is not None), None) for key in ("tokenizer", "length")}
+    folder.finish("windows", {"counts": counts, "seconds": seconds, **text})
+    return counts
+
+
+def _processes(options: WindowOptions, size: int) -> int:
+    """How many processes cut `size` bytes of sources: as asked, or one a core, but none for less than a few seconds."""
+    if options.cut_workers is not None:
+        return options.cut_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, size // _BYTES_EACH)
 
 
 class Cutter:
-    """Cuts sources one after another; loads the tokenizer at the first row of text."""
+    """Turns rows into windows and keeps these in files; loads the tokenizer at the first row of text."""
 
     def __init__(self, model: ModelOptions, options: WindowOptions) -> None:
         self.model = model
@@ -141,18 +188,21 @@ class Cutter:
         config = read_config(location, trust_remote_code=self.model.trust_remote_code)
         return min(DEFAULT_WINDOW, getattr(config, "max_position_embeddings", None) or DEFAULT_WINDOW)
 
-    def cut(
-        self, source: Source, shard: str, folder: RunFolder, limit: int | None, progress: Progress
+    def keep(
+        self,
+        rows: Iterable[Window | TooShort | BadRow],
+        shard: str,
+        folder: RunFolder,
+        progress: Progress,
+        on_part: Callable[[Path], None],
     ) -> dict[str, Any]:
-        """Cut one source into the parts `<shard>-<part>.parquet`; returns what was counted."""
+        """Write what became of one source into the parts `<shard>-<part>.parquet`; returns what was counted."""
         started = time.perf_counter()
         tally = Tally()
-        windows = _Parts(folder.windows, shard, windows_table)
+        windows = _Parts(folder.windows, shard, windows_table, on_part)
         quarantine = _Parts(folder.quarantine, shard, _quarantine_table)
         tokens = 0
-
-        rows = read_documents(source, self.read, progress.advance)
-        for row in self.windows(rows if limit is None else first_documents(rows, limit)):
+        for row in rows:
             tally.add(row)
             if isinstance(row, BadRow):
                 quarantine.add(row)
@@ -182,8 +232,8 @@ class Cutter:
 
     def windows(self, rows: Iterable[Document | BadRow]) -> Iterator[Window | TooShort | BadRow]:
         # Rows that carry ids need no tokenizer, so one is loaded only where a row of text comes.
-        for is_text, run in groupby(rows, lambda row: isinstance(row, Document) and row.input_ids is None):
-            tokenizer, length = (self.tokenizer, self.length) if is_text else (None, None)
+        for needed, run in groupby(rows, is_text):
+            tokenizer, length = (self.tokenizer, self.length) if needed else (None, None)
             yield from cut_windows(run, tokenizer, length)
 
     def _describe(self) -> dict[str, Any]:
@@ -199,6 +249,7 @@ class _Parts(Generic[Row]):
     folder: Path
     shard: str
     as_table: Callable[[list[Row]], pa.Table]
+    on_part: Callable[[Path], None] = lambda path: None
     held: list[Row] = field(default_factory=list)
     written: int = 0
 
@@ -211,9 +262,11 @@ class _Parts(Generic[Row]):
 
     def write(self) -> None:
         if self.held:
-            with publish(self.folder / f"{self.shard}-{self.written:05d}.parquet") as temporary:
+            path = self.folder / f"{self.shard}-{self.written:05d}.parquet"
+            with publish(path) as temporary:
                 pq.write_table(self.as_table(self.held), temporary, compression="zstd")
             self.held, self.written = [], self.written + 1
+            self.on_part(path)
 
 
 def _quarantine_table(rows: list[BadRow]) -> pa.Table:

@@ -52,11 +52,14 @@ class WindowOptions:
     sample: int | None = _flag(None, "Keep only N windows, drawn uniformly from the corpus.")
     seed: int = _flag(0, "Seed of --sample.")
     limit: int | None = _flag(None, "Read at most N documents.")
+    cut_workers: int | None = _flag(
+        None, "Processes that tokenise and cut. Default: one a core, fewer for small inputs."
+    )
     max_bad: float = _flag(0.001, "Share of bad rows (or failed windows) above which the exit code is 1.")
     shard_tokens: int = _flag(1 << 20, "Tokens in a shard, the unit in which windows are scored and a run goes on.")
 
     def __post_init__(self) -> None:
-        for name in ("window", "sample", "limit", "shard_tokens"):
+        for name in ("window", "sample", "limit", "cut_workers", "shard_tokens"):
             _check(self, name, lambda value: value >= 1, "at least 1")
         _check(self, "max_bad", lambda value: 0 <= value <= 1, "a share from 0 to 1")
         _check(self, "seed", lambda value: -(2**63) <= value < 2**63, "a 64-bit number")

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longsift.cutting import cut as cut
+from longsift.cutting import cut_sources
 from longsift.errors import OutputError, TooManyBadRows, UsageError
 from longsift.options import ModelOptions, ScoreOptions, SelectOptions, WindowOptions
 from longsift.scoring_stage import ScoreStage, model_of, windows_to_score
 from longsift.shards import RunFolder
+from longsift.sources import find_sources
 
 if TYPE_CHECKING:
     from longsift.selection import Choice
@@ -273,11 +275,21 @@ def run(
         The results of the stages, by name, and the report's path.
     """
     check_flags(model, windows, scores, selection)
-    result = {
-        "windows": cut(inputs, out, model, windows, overwrite=overwrite, quiet=quiet),
-        "scores": score(out, model, scores, quiet=quiet),
-        "selected": select(out, selection),
-    }
+    sources = find_sources(inputs)
+    folder = RunFolder(out)
+    with folder.lock(), ScoreStage(folder, model, scores, overwrite=False, quiet=quiet) as stage:
+        cut_counts = cut_sources(
+            sources,
+            folder,
+            model,
+            windows,
+            overwrite=overwrite,
+            quiet=quiet,
+            # Which windows a sample has is known at the end only.
+            on_part=stage.offer if windows.sample is None and stage.apart else lambda path: None,
+        )
+        counts = stage.finish()
+    result = {"windows": cut_counts, "scores": counts, "selected": select(out, selection)}
     return result | {"report": str(report(out))}
 
 

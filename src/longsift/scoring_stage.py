@@ -51,6 +51,12 @@ class ScoreStage:
         if self._engine is not None:
             self._engine.__exit__(kind, error, trace)
 
+    @property
+    def apart(self) -> bool:
+        """Whether windows are scored by a GPU, or by other processes: then others can be cut meanwhile."""
+        chosen = devices(self._options)
+        return len(chosen) > 1 or chosen[0] != "cpu"
+
     def offer(self, windows: Path) -> None:
         """Score a windows file while others are still being cut; processes are started at the first.
 
