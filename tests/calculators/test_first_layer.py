@@ -151,6 +151,13 @@ def test_only_the_weights_on_the_way_to_queries_and_keys_are_read(tmp_path: Path
     assert same_bits(FirstLayer.load(str(folder)).queries_keys(windows(64)), calculator.queries_keys(windows(64)))
 
 
+def test_a_calculator_can_be_loaded_in_inference_mode(checkpoint: Callable[[str], str]) -> None:
+    ids = windows(64)
+    with torch.inference_mode():
+        loaded = FirstLayer.load(checkpoint("llama")).queries_keys(ids)
+    assert same_bits(loaded, FirstLayer.load(checkpoint("llama")).queries_keys(ids))
+
+
 def test_another_rope_base_keeps_the_rest_of_the_rope_settings(
     tmp_path: Path, checkpoint: Callable[[str], str]
 ) -> None:

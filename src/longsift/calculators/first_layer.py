@@ -117,6 +117,7 @@ class FirstLayer:
         self._check(ids, plain)
 
     @classmethod
+    @torch.inference_mode(False)  # the trace needs a recorded graph, wherever this is called
     def load(
         cls,
         model: str,
