@@ -35,7 +35,7 @@ from longsift.cutting import load_tokenizer
 from longsift.methods.ladm import Ladm
 from longsift.methods.longattn import far_distance
 from longsift.scoring import resolve_device
-from measuring import exponential_rate, input_sets, matmul_rate, parser, peak_bytes, table, time_calls, write
+from measuring import Timing, exponential_rate, input_sets, matmul_rate, parser, peak_bytes, table, time_calls, write
 from published import SPAN, far_mask, ladm_dependency, ladm_layer, longattn_layer, published
 from shapes import LAYERS, Layer, library_documents, model_config, random_windows
 
@@ -115,20 +115,13 @@ def kernel_rows(
 
 def published_statistics(
     name: str, layer: Layer, length: int, dtype: torch.dtype, device: torch.device
-) -> Iterator[dict[str, Any]]:
-    """Time the published statistics of one layer, without the rest of the model."""
+) -> dict[str, Any]:
+    """Time LADM's published statistics of one layer, without the rest of the model."""
     (q, k), scale = layer.queries_keys(length, 0, device, dtype), layer.head_dim**-0.5
     keys = k.repeat_interleave(layer.heads // layer.kv_heads, 1)
-    calls = {
-        "published LongAttn statistics": lambda _: longattn_layer(q, k, k, scale),
-        "published LADM statistics": lambda _: ladm_dependency(q, keys, scale),
-    }
-    for measure, call in calls.items():
-        if ("LADM" in measure) != (name in FOR_LADM):
-            continue
-        timing = time_calls(call, device, warm_up=1, least=2, most=4)
-        row = {"layer": name, "measure": measure, "length": length, "dtype": str(dtype).removeprefix("torch.")}
-        yield row | asdict(timing)
+    timing = time_calls(lambda _: ladm_dependency(q, keys, scale), device, warm_up=1, least=2, most=4)
+    about = {"layer": name, "measure": "published LADM statistics", "length": length}
+    return about | {"dtype": str(dtype).removeprefix("torch."), **asdict(timing)}
 
 
 def published_windows(length: int, device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
@@ -139,6 +132,7 @@ def published_windows(length: int, device: torch.device, quick: bool) -> Iterato
         ("LADM, TinyLlama-1.1B", "ladm", ladm_layer, "tinyllama-1.1b", {}, 1),
         ("LADM, TinyLlama-1.1B, a batch of 4", "ladm", ladm_layer, "tinyllama-1.1b", {}, 4),
     ]
+    mask = time_calls(lambda _: far_mask(length, device), device, warm_up=1, least=1, most=1)
     for title, method, layer, model, changes, batch in cases:
         config = model_config(model, quick=quick, **changes)
         ids = torch.from_numpy(np.stack(random_windows(batch, length, config.vocab_size))).to(device)
@@ -146,18 +140,18 @@ def published_windows(length: int, device: torch.device, quick: bool) -> Iterato
             "case": title,
             "length": length,
             "batch": batch,
-            "mask_ms": time_calls(lambda _: far_mask(length, device), device, warm_up=1, least=2, most=3).ms
-            if method == "longattn"
-            else None,
+            "mask_ms": mask.ms if method == "longattn" else None,
             **_published_window(published(method, layer, config, device), ids, device),
         }
 
 
 def _published_window(measure: Callable[[Tensor], Tensor], ids: Tensor, device: torch.device) -> dict[str, Any]:
     """Milliseconds of one window of a batch, and the peak memory of the batch."""
-    peak = peak_bytes(lambda: measure(ids), device)
-    timing = time_calls(lambda _: measure(ids), device, warm_up=1, least=2, most=4)
-    times = {key: value / len(ids) if key.endswith("ms") else value for key, value in asdict(timing).items()}
+    timings: list[Timing] = []
+    peak = peak_bytes(
+        lambda: timings.append(time_calls(lambda _: measure(ids), device, warm_up=1, least=2, most=4)), device
+    )
+    times = {key: value / len(ids) if key.endswith("ms") else value for key, value in asdict(timings[0]).items()}
     return {**times, "peak_bytes": peak}
 
 
@@ -298,8 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in layers:
         for tokens, dtype in cases(name, length, dtypes):
             kernels += kernel_rows(name, LAYERS[name], tokens, dtype, device, rates)
-        if not args.no_published:
-            kernels += published_statistics(name, LAYERS[name], length, dtypes[-1], device)
+        if name in FOR_LADM and not args.no_published:
+            kernels.append(published_statistics(name, LAYERS[name], length, dtypes[-1], device))
     print("\n" + kernel_table(kernels), flush=True)
     whole = [] if args.no_published else list(published_windows(length, device, args.quick))
     if whole:

@@ -156,6 +156,7 @@ def random_checkpoint(
         config.save_pretrained(folder)
         save_file(_first_layer_tensors(config, device), folder / "model.safetensors", metadata={"format": "pt"})
     else:
+        transformers.utils.logging.disable_progress_bar()
         random_network(config, device, torch.bfloat16).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / file, folder / file)

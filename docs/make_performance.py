@@ -86,19 +86,24 @@ def summary(known: dict[str, dict[str, Any]]) -> str:
         "measured beside it ([docs/performance.md](docs/performance.md)):"
     )
     headers = ("", "published way, ms", "longsift, ms", "faster", "tokens/s")
-    return f"\n{said}\n\n{table(headers, rows)}\n{_sentences(run)}\n"
+    return f"\n{said}\n\n{table(headers, rows)}\n{_sentences(known)}\n"
 
 
-def _sentences(run: dict[str, Any]) -> str:
-    """What else the README says of a run."""
-    found, said = gpu.figures(run), []
-    if "longattn-8b text" in found:
-        said.append(f"From text, {found['longattn-8b text']:.1f} M tokens/s with {run['machine']['cores']} CPU cores.")
-    if "long seconds" in found and "long memory" in found:
-        seconds, memory = found["long seconds"], found["long memory"]
-        said.append(f"A window of 1,048,576 tokens takes {seconds:.1f} s and {memory:.1f} GiB.")
-    if "two gpus" in found:
-        said.append(f"Two GPUs score {found['two gpus']:.2f} times as fast as one.")
+def _sentences(known: dict[str, dict[str, Any]]) -> str:
+    """What else the README says of the runs."""
+    said = []
+    for run in known.values():
+        found, facts = gpu.figures(run), run["machine"]
+        if "longattn-8b text" in found:
+            rate = f"{found['longattn-8b text']:.1f} M tokens/s"
+            said.append(f"From text to scores, LongAttn 8B on {facts['cores']} CPU cores and one GPU: {rate}.")
+        if "long seconds" in found and "long memory" in found:
+            took = f"{found['long seconds']:.1f} s and {found['long memory']:.1f} GiB"
+            said.append(f"A window of 1,048,576 tokens takes {took}.")
+        if "two gpus" in found:
+            said.append(
+                f"Two {facts['gpu'].removeprefix('NVIDIA ')} score {found['two gpus']:.2f} times as fast as one."
+            )
     return "\n" + " ".join(said) + "\n" if said else ""
 
 
