@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from longsift.calculators import first_layer
 from longsift.calculators.first_layer import FirstLayer
 from longsift.errors import UsageError
 from longsift.methods import build_method, longattn, parameters_of
@@ -173,3 +174,49 @@ def test_the_shortest_window_is_the_first_with_three_blocks(every: int, skip: in
 
     assert blocks(shortest) >= 3 > blocks(shortest - 1)
     assert len(draw_queries(shortest, far_distance(shortest) + skip, every, 0, CPU).rows) >= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fraction", [1.0, 0.125], ids=["all", "eighth"])
+class TestOnGpu:
+    @pytest.fixture(scope="class")
+    def on_gpu(self) -> FirstLayer:
+        return FirstLayer.load("embedded", device="cuda", dtype=torch.float16)
+
+    def test_a_window_is_the_same_bits_alone_and_among_others(
+        self, fraction: float, on_gpu: FirstLayer, windows: torch.Tensor
+    ) -> None:
+        method = LongAttn(detail=True, query_fraction=fraction)
+        many = torch.cat([windows] * 9).cuda()  # so many that a library's sum would take another order
+        together, alone = method.measure(on_gpu, many), method.measure(on_gpu, many[1:2])
+        assert all(torch.equal(together[name][1], alone[name][0]) for name in together)
+        assert all(torch.equal(together[name][17], alone[name][0]) for name in together)
+
+    def test_all_heads_together_and_in_shares_are_the_same_bits(
+        self, fraction: float, on_gpu: FirstLayer, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        method = LongAttn(query_fraction=fraction)
+        whole = method.measure(on_gpu, windows.cuda())
+        monkeypatch.setattr(first_layer, "QUERY_BYTES", 1)
+        assert len(on_gpu.shares(1)) == on_gpu.kv_heads == 2
+        parts = method.measure(on_gpu, windows.cuda())
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+    def test_the_second_batch_does_not_wait_for_the_gpu(
+        self, fraction: float, on_gpu: FirstLayer, windows: torch.Tensor
+    ) -> None:
+        method, ids = LongAttn(detail=True, query_fraction=fraction), windows.cuda()
+        method.measure(on_gpu, ids)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            method.measure(on_gpu, ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_it_is_what_a_cpu_measures(self, fraction: float, calculator: FirstLayer, windows: torch.Tensor) -> None:
+        method = LongAttn(query_fraction=fraction)
+        exact = FirstLayer.load("embedded", device="cuda", dtype=torch.float32)
+        ours, theirs = method.measure(exact, windows.cuda()), method.measure(calculator, windows)
+        for name in theirs:
+            torch.testing.assert_close(ours[name].cpu(), theirs[name], rtol=1e-3, atol=0)
