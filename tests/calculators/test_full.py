@@ -115,6 +115,24 @@ def test_the_forward_ends_at_the_last_measured_layer(checkpoint: Callable[[str],
     assert not [name for name in called if name.startswith(("layers.1.mlp", "layers.2", "norm"))]
 
 
+def test_a_reduction_may_give_the_output_too_and_is_asked_for_it_but_in_the_last_layer(
+    checkpoint: Callable[[str], str],
+) -> None:
+    model, asked = FullModel.load(checkpoint("llama")), []
+
+    def and_attend(attention: LayerAttention, value: torch.Tensor) -> tuple[LayerAttention, torch.Tensor]:
+        asked.append(attention.layer)
+        p = probabilities(attention, None)
+        return attention, p @ value.repeat_interleave(attention.q.shape[1] // value.shape[1], 1)
+
+    ours, plain = model.reduce(windows(), keep, and_attend=and_attend), model.reduce(windows(), keep)
+    assert asked == [0, 1]
+    for layer in (0, 1, 2):
+        torch.testing.assert_close(ours[layer].q, plain[layer].q, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours[0].q, plain[0].q)
+    assert not torch.equal(ours[1].q, plain[1].q)
+
+
 @pytest.mark.parametrize("layers", [[3], [-1], []], ids=["beyond the last", "negative", "none"])
 def test_layers_that_do_not_exist_are_refused(layers: list[int], checkpoint: Callable[[str], str]) -> None:
     with pytest.raises(UsageError, match="has the layers 0 to 2"):

@@ -28,7 +28,8 @@ FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "smollm3"]
     ("operation", "waits"),
     [
         pytest.param(lambda x: (x + 1).sum(-1), False, id="arithmetic"),
-        pytest.param(lambda x: x[torch.tensor([0, 2])], False, id="rows by number"),
+        pytest.param(lambda x: x[torch.arange(2)], False, id="rows by number"),
+        pytest.param(lambda x: torch.tensor([0, 2]), True, id="numbers of the host"),
         pytest.param(lambda x: x.double(), False, id="another type"),
         pytest.param(lambda x: x.sum().item(), True, id="a number read back"),
         pytest.param(lambda x: 1 if (x > 0).all() else 0, True, id="a branch"),
@@ -100,7 +101,9 @@ def test_a_replay_gives_the_bits_of_a_forward(family: str, kind: str, tmp_path: 
     model, other = (FullModel.load(folder, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     ids = windows(4)
     anew = [method.measure(model, ids[:1])]  # the first time: as it is
-    together = method.measure(model, ids)  # recorded, and replayed three times
+    method.measure(model, ids[:1])
+    assert model._recorder.recorded == 0
+    together = method.measure(model, ids)  # recorded, and replayed
     assert model._recorder.recorded == 1
     other._recorder = None
     anew += [method.measure(other, row[None]) for row in ids[1:]]
@@ -126,7 +129,7 @@ def test_the_host_does_not_wait_after_the_first_window(family: str, recorded: bo
         model._recorder = None
     ids = windows(2)
     for method in methods:
-        expected = [method.measure(model, ids) for _ in range(2)][1]
+        expected = [method.measure(model, ids) for _ in range(2)][1]  # four windows
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -141,9 +144,9 @@ def test_the_host_does_not_wait_after_the_first_window(family: str, recorded: bo
 @torch.inference_mode()
 def test_a_forward_in_which_the_host_waits_is_run_anew(tmp_path: Path) -> None:
     model = FullModel.load(str(make_checkpoint(tmp_path, "llama", **DYNAMIC)), device="cuda", dtype=torch.bfloat16)
-    rows = [LADM.measure(model, windows(1)) for _ in range(3)]
+    rows = [LADM.measure(model, windows(1)) for _ in range(4)]
     assert model._recorder.recorded == 0
-    same(rows[0], rows[2])
+    same(rows[0], rows[3])
 
 
 PROGRAM = """
@@ -151,7 +154,7 @@ import sys, torch
 from longsift.calculators.full import FullModel
 from longsift.methods.ladm import Ladm
 model = FullModel.load(sys.argv[1], device="cuda", dtype=torch.bfloat16)
-ids = torch.randint(160, (3, 700), generator=torch.Generator().manual_seed(700)).cuda()
+ids = torch.randint(160, (4, 700), generator=torch.Generator().manual_seed(700)).cuda()
 with torch.inference_mode():
     rows = Ladm(span=16, d_afs=2, d_cds=2).measure(model, ids.flip(0))["cds_layers"]
 print([x.hex() for x in rows.flip(0).flatten().tolist()])
@@ -163,7 +166,7 @@ print([x.hex() for x in rows.flip(0).flatten().tolist()])
 @torch.inference_mode()
 def test_another_process_gives_the_same_bits(tmp_path: Path) -> None:
     folder = str(make_checkpoint(tmp_path, "qwen3"))
-    here = LADM.measure(FullModel.load(folder, device="cuda", dtype=torch.bfloat16), windows(3))["cds_layers"]
+    here = LADM.measure(FullModel.load(folder, device="cuda", dtype=torch.bfloat16), windows(4))["cds_layers"]
     done = subprocess.run([sys.executable, "-c", PROGRAM, folder], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str([x.hex() for x in here.flatten().tolist()])
 
@@ -177,7 +180,7 @@ def test_a_forward_that_runs_out_of_memory_leaves_the_model_usable(tmp_path: Pat
     expected = [LADM.measure(model, small) for _ in range(3)][2]
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (256 << 20)) / total)
     try:
         for _ in range(2):  # with recordings, and without
             with pytest.raises(torch.OutOfMemoryError):
@@ -201,11 +204,10 @@ def test_a_recording_that_fails_leaves_the_gpu_usable() -> None:
             read.append(float(x.sum()))  # which ends the recording
         return {"focus": span_focus(q, k, 8) + x.sum()}
 
-    rows = [recorder.run("key", compute, x)["focus"] for _ in range(3)]
+    rows = [recorder.run("key", compute, x)["focus"] for _ in range(4)]
     assert recorder.recorded == 0
     assert not read
-    assert torch.equal(rows[0], rows[1])
-    assert torch.equal(rows[0], rows[2])
-    other = [recorder.run("other", lambda x: {"twice": 2 * x}, x)["twice"] for _ in range(3)]
+    assert all(torch.equal(rows[0], row) for row in rows)
+    other = [recorder.run("other", lambda x: {"twice": 2 * x}, x)["twice"] for _ in range(4)]
     assert recorder.recorded == 1
     assert all(torch.equal(row, 2 * x) for row in other)

@@ -141,6 +141,8 @@ class FullModel:
         input_ids: torch.Tensor,
         reduction: Callable[[LayerAttention], T],
         layers: Sequence[int] | None = None,
+        *,
+        and_attend: Callable[[LayerAttention, torch.Tensor], tuple[T, torch.Tensor]] | None = None,
     ) -> dict[int, T]:
         """Run whole windows through the model and reduce each measured layer's queries and keys as they are made.
 
@@ -151,6 +153,9 @@ class FullModel:
             reduction: from a layer's queries and keys to what is kept of them; it must not keep these themselves if
                 memory matters.
             layers: measure only these of the global layers, and stop at the last of them.
+            and_attend: from a layer's queries and keys, and its values (batch, kv_heads, length, ·), to what
+                `reduction` gives and the layer's output, (batch, heads, length, ·): for a reduction that has the
+                probabilities at hand anyway. The last layer, whose output nobody needs, goes without.
 
         Returns:
             What `reduction` gave, by layer.
@@ -171,9 +176,13 @@ class FullModel:
 
         def observer(seen: Seen) -> torch.Tensor:
             layer = seen.attention.layer
+            last = len(measured - results.keys()) == 1
+            if layer in measured and and_attend is not None and not last:
+                results[layer], output = and_attend(seen.attention, seen.value)
+                return output
             if layer in measured:
                 results[layer] = reduction(seen.attention)
-                if len(results) == len(measured):
+                if last:
                     raise Enough
             return attention_output(seen)
 

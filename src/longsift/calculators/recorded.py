@@ -1,8 +1,8 @@
 """Forwards recorded as CUDA graphs, since a host takes longer to launch a small model's kernels than a GPU to run them.
 
-A forward is run as it is the first time that a length comes, recorded the second time, and replayed from then on:
-the same kernels with the same numbers, so the results are the same bits. A forward in which the host reads something
-back from the GPU (a mixture of experts, RoPE that depends on the positions) cannot be recorded and stays as it is.
+The first forward of a length makes what is made once, the second is watched, the third is recorded and from then on
+replayed: the same kernels with the same numbers, so the results are the same bits. A forward in which the host waits
+for the GPU (as for RoPE that depends on the largest position) cannot be recorded and stays as it is.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._recordings: dict[Hashable, _Recording] = {}
-        self._recordable: dict[Hashable, bool] = {}  # of what came once
+        self._recordable: dict[Hashable, bool | None] = {}  # of what came once; None: not known yet
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._full = False
@@ -89,6 +89,8 @@ class Recorder:
         if self._full or len(self._recordings) >= MOST or length > LONGEST:
             return compute(input_ids)
         if key not in self._recordable:
+            self._recordable[key] = None
+        elif self._recordable[key] is None:
             with Waits(self._device.type) as waits:
                 columns = compute(input_ids)
             self._recordable[key] = waits.found is None
@@ -97,13 +99,13 @@ class Recorder:
                     "forwards of %d tokens are not recorded: the host waits in %s", input_ids.shape[1], waits.found
                 )
             return columns
-        if self._recordable[key]:
+        elif self._recordable[key]:
             self._recordable[key] = False  # it is tried once
             recording = self._record(compute, input_ids)
-        if recording is None:
-            return compute(input_ids)
-        self._recordings[key] = recording
-        return recording.replay(input_ids)
+            if recording is not None:
+                self._recordings[key] = recording
+                return recording.replay(input_ids)
+        return compute(input_ids)
 
     def _record(self, compute: Compute, input_ids: Tensor) -> _Recording | None:
         with torch.cuda.device(self._device):
@@ -131,6 +133,7 @@ class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         {
             torch.ops.aten._local_scalar_dense.default,
             torch.ops.aten.equal.default,
+            torch.ops.aten.lift_fresh.default,  # of what `torch.tensor` has copied there
             torch.ops.aten.masked_select.default,
             torch.ops.aten.nonzero.default,
         }
