@@ -224,7 +224,7 @@ def _sources() -> Iterator[tuple[str, str]]:
                 held = ""
 
 
-def write_corpus(folder: Path, characters: int, files: int = 8) -> int:
+def write_corpus(folder: Path, characters: int, files: int) -> int:
     """Write `library_documents` as JSON lines; returns their bytes."""
     folder.mkdir(parents=True)
     rows: list[list[str]] = [[] for _ in range(files)]

@@ -2,14 +2,15 @@
 
     python benchmarks/throughput.py                                every part, shapes with random weights
     python benchmarks/throughput.py --part ids --case longattn-8b  ids → scores, through `Scorer.measure_batch`
-    python benchmarks/throughput.py --part text --corpus FOLDER    text → scores, as `longsift score` does it
+    python benchmarks/throughput.py --part text --corpus FOLDER    text → scores, as `longsift run` does it
     python benchmarks/throughput.py --part workers --workers 1 2   the same windows on one GPU and on two
 
 ids: windows of ids that are drawn evenly from the vocabulary, on the host, to rows of measures on the host.
 sampled: how well LongAttn's scores from one query of eight order real windows, against those from all of them.
-text: documents (JSON lines) to tables of scores, with each stage also alone, which shows what bounds the whole. The
-corpus is the sources of the standard library and of the installed packages, where none is given. The tokenizer is the
-embedded calculator's, where none is given: 8,192 entries, so a text has more tokens than under a large model's.
+text: documents (JSON lines) to tables of scores, as `longsift run` does it up to its selection; reading and tokenising
+also alone. The rate of the second half is that of a long run, which has no start. Where no corpus is given it is the
+sources of the standard library and of the installed packages, and where no tokenizer is given, the embedded
+calculator's: 8,192 entries, so a text has more tokens than under a large model's.
 workers: tokens a second between the first and the last shard of scores, so without start and compilation.
 """
 
@@ -32,10 +33,11 @@ import torch
 
 from longsift import pipeline
 from longsift.calculators.checkpoint import EMBEDDED
-from longsift.cutting import load_tokenizer
+from longsift.cutting import cut_sources, load_tokenizer
 from longsift.documents import Document, ReadOptions, read_documents
 from longsift.options import ModelOptions, ScoreOptions, WindowOptions
 from longsift.scoring import Scorer, resolve_device
+from longsift.scoring_stage import ScoreStage
 from longsift.shards import RunFolder
 from longsift.sources import find_sources
 from longsift.tables import parquet_files
@@ -43,7 +45,7 @@ from measuring import parser, table, write
 from shapes import random_checkpoint, random_windows, write_corpus
 
 LENGTH, QUICK = 32_768, 2_560
-CHARACTERS, QUICK_CHARACTERS = 160_000_000, 400_000
+CHARACTERS, QUICK_CHARACTERS, FILES = 160_000_000, 400_000, 64  # of the corpus
 SECONDS, ROUNDS = 1.0, 3  # of one measurement
 SAMPLED_WINDOWS = 256
 TOKENIZED_TOGETHER = 4 << 20  # characters
@@ -180,30 +182,42 @@ def stages_alone(corpus: Path, model: str) -> dict[str, float]:
 def text_row(
     name: str, models: Models, corpus: Path, folder: Path, length: int, device: torch.device
 ) -> dict[str, Any]:
-    """Time text → scores of one case, as `longsift score CORPUS -o OUT` does it."""
+    """Time text → scores of one case: `longsift run` up to its selection."""
     case = CASES[name]
     model = ModelOptions(model=models.of(case))
-    out = folder / f"text-{name}"
+    sources = find_sources([str(corpus)])
+    run = RunFolder(folder / f"text-{name}")
     windows = WindowOptions(window=length)
     options = ScoreOptions(method=case.method, device=str(device), **case.parameters)
-    stages = {
-        "cutting": _seconds(lambda: pipeline.cut([str(corpus)], out, model, windows, quiet=True)),
-        "scoring": _seconds(lambda: pipeline.score(out, model, options, quiet=True)),
-    }
-    counts = RunFolder(out).section("scores")["counts"]
-    seconds = sum(stages.values())
+    began, began_ns = time.perf_counter(), time.time_ns()
+    with run.lock(), ScoreStage(run, model, options, overwrite=False, quiet=True) as stage:
+        on_part = stage.offer if stage.apart else lambda _: None
+        cut_sources(sources, run, model, windows, overwrite=False, quiet=True, on_part=on_part)
+        cut = time.perf_counter() - began
+        counts = stage.finish()
+        seconds = time.perf_counter() - began
     return {
         "case": case.title,
         "name": name,
         "length": length,
-        "bytes": sum(source.size for source in find_sources([str(corpus)])),
-        "windows": counts["windows"],
-        "failed": counts["failed"],
-        "tokens": counts["tokens"],
-        "stages_s": stages,
+        "bytes": sum(source.size for source in sources),
+        **{key: counts[key] for key in ("windows", "failed", "tokens")},
+        "stages_s": {"until all is cut": cut},
         "seconds": seconds,
         "tokens_per_s": counts["tokens"] / seconds,
+        "running_tokens_per_s": running_rate(run, began_ns),
     }
+
+
+def running_rate(run: RunFolder, began_ns: int) -> float:
+    """Tokens a second in the second half of a run: what a longer run would have, without its start."""
+    shards = {path: path.stat().st_mtime_ns for path in parquet_files(run.scores)}
+    half = (began_ns + max(shards.values())) // 2
+    return sum(_tokens(path) for path, at in shards.items() if at > half) / ((max(shards.values()) - half) * 1e-9)
+
+
+def _tokens(scores: Path) -> int:
+    return sum(pq.read_table(scores, columns=["n_tokens"])["n_tokens"].to_pylist())
 
 
 def steady_rate(run: Path, workers: int) -> float | None:
@@ -212,8 +226,7 @@ def steady_rate(run: Path, workers: int) -> float | None:
     if len(shards) <= 2 * workers:
         return None
     began, ended = (shards[i].stat().st_mtime_ns for i in (workers - 1, -1))
-    tokens = sum(sum(pq.read_table(path, columns=["n_tokens"])["n_tokens"].to_pylist()) for path in shards[workers:])
-    return tokens / ((ended - began) * 1e-9)
+    return sum(map(_tokens, shards[workers:])) / ((ended - began) * 1e-9)
 
 
 def worker_rows(
@@ -296,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         corpus = args.corpus
         if corpus is None and {"sampled", "text"} & {*chosen}:
             corpus = folder / "corpus"
-            write_corpus(corpus, args.characters or (QUICK_CHARACTERS if args.quick else CHARACTERS))
+            write_corpus(corpus, args.characters or (QUICK_CHARACTERS if args.quick else CHARACTERS), FILES)
         run: Path | None = None
         if "text" in chosen:
             names = [name for name in cases if name in FROM_TEXT]
@@ -344,7 +357,16 @@ def _ids_cells(row: dict[str, Any]) -> tuple[object, ...]:
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
     """Text → scores of each case, and the seconds of the stages."""
     names = list(dict.fromkeys(name for row in rows for name in row["stages_s"]))
-    headers = ("text → scores", "MB", "windows", "tokens", *(f"{name} s" for name in names), "all s", "tokens/s")
+    headers = (
+        "text → scores",
+        "MB",
+        "windows",
+        "tokens",
+        *(f"{name} s" for name in names),
+        "all s",
+        "tokens/s",
+        "second half",
+    )
     cells = [
         (
             row["case"],
@@ -354,6 +376,7 @@ def text_table(rows: Sequence[dict[str, Any]]) -> str:
             *map(row["stages_s"].get, names),
             row["seconds"],
             round(row["tokens_per_s"]),
+            round(row["running_tokens_per_s"]),
         )
         for row in rows
     ]
