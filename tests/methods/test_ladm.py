@@ -21,7 +21,7 @@ class OneLayer:
     def __init__(self, q: torch.Tensor, k: torch.Tensor) -> None:
         self.layer = LayerAttention(layer=0, q=q, k=k, scale=q.shape[-1] ** -0.5)
 
-    def reduce(self, input_ids, reduction):
+    def reduce(self, input_ids, reduction, and_attend=None):
         return {0: reduction(self.layer)}
 
     def each_window(self, input_ids, compute, key):
