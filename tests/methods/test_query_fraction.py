@@ -42,9 +42,9 @@ def windows() -> torch.Tensor:
     ("length", "first", "every"), [(100, 20, 8), (101, 20, 8), (107, 27, 8), (9, 3, 5), (50, 0, 1)]
 )
 def test_one_query_is_drawn_from_each_block(length: int, first: int, every: int) -> None:
-    sample = draw_queries(length, first, every, 0, CPU)
+    sample = draw_queries(length, first, every, 3, CPU)
     blocks = (length - 1 - sample.rows) // every  # counted from the window's end
-    assert sorted(blocks.tolist(), reverse=True) == blocks.tolist() == list(range(len(blocks)))[::-1]
+    assert blocks.tolist() == 3 * [list(range(-(-(length - first) // every)))[::-1]]
     assert sample.rows.min() >= first
     assert sample.weights.sum() == length - first
     assert (sample.weights[1:] == every).all()
@@ -52,18 +52,21 @@ def test_one_query_is_drawn_from_each_block(length: int, first: int, every: int)
 
 
 def test_every_query_of_a_block_is_as_likely_as_the_others() -> None:
-    places = torch.cat([(length - 1 - draw_queries(length, 0, 4, 0, CPU).rows) % 4 for length in range(4, 800, 4)])
+    places = torch.cat([(length - 1 - draw_queries(length, 0, 4, 1, CPU).rows[0]) % 4 for length in range(4, 800, 4)])
     shares = places.bincount(minlength=4) / len(places)
     assert (shares - 0.25).abs().max() < 4 * (0.25 * 0.75 / len(places)) ** 0.5
 
 
-def test_other_draws_are_of_other_queries() -> None:
-    places = torch.stack([(7999 - draw_queries(8000, 0, 8, draw, CPU).rows) % 8 for draw in range(4)]).double()
+def test_draws_do_not_depend_on_each_other() -> None:
+    places = ((7999 - draw_queries(8000, 0, 8, 4, CPU).rows) % 8).double()
     assert (torch.corrcoef(places) - torch.eye(4)).abs().max() < 4 / 1000**0.5
 
 
-def test_the_draw_is_the_same_on_every_machine_and_in_every_run() -> None:
-    assert draw_queries(40, 10, 4, 0, CPU).rows.tolist() == [11, 13, 16, 21, 24, 29, 33, 39]
+def test_a_draw_is_the_same_on_every_machine_and_in_every_run() -> None:
+    assert draw_queries(40, 10, 4, 2, CPU).rows.tolist() == [
+        [11, 13, 16, 21, 24, 29, 33, 39],
+        [11, 13, 17, 21, 24, 31, 32, 39],
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 1000])
@@ -77,12 +80,12 @@ def test_an_ordered_sum_is_the_sum_and_the_same_bits_among_others(count: int) ->
     assert torch.equal(values, before)
 
 
-def other_draws(count: int, seed: int = 0) -> list[QuerySample]:
-    """Draws of one query in eight that differ only in their random numbers."""
-    drawn = draw_queries(LENGTH, far_distance(LENGTH), 8, 0, CPU)
-    ends = LENGTH - 8 * torch.arange(len(drawn.rows)).flip(0)
-    generator = torch.Generator().manual_seed(seed)
-    places = [(torch.rand(len(ends), generator=generator) * drawn.weights).long() for _ in range(count)]
+def other_draws(count: int) -> list[QuerySample]:
+    """Draws of one query in eight, as for the two key heads, that differ only in their random numbers."""
+    drawn = draw_queries(LENGTH, far_distance(LENGTH), 8, 2, CPU)
+    ends = LENGTH - 8 * torch.arange(len(drawn.weights)).flip(0)
+    generator = torch.Generator().manual_seed(0)
+    places = [(torch.rand(2, len(ends), generator=generator) * drawn.weights).long() for _ in range(count)]
     return [QuerySample(ends - 1 - place, drawn.weights, 8) for place in places]
 
 
@@ -90,7 +93,7 @@ def test_over_many_draws_the_mean_is_the_exact_value_and_the_error_is_the_spread
     calculator: FirstLayer, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = LongAttn().measure(calculator, windows)
-    draws = other_draws(2 * 300)  # one for each key head
+    draws = other_draws(300)
     monkeypatch.setattr(longattn, "draw_queries", lambda *_: draws.pop())
     measured = [LongAttn(query_fraction="1/8").measure(calculator, windows) for _ in range(300)]
     assert not draws
@@ -173,7 +176,7 @@ def test_the_shortest_window_is_the_first_with_three_blocks(every: int, skip: in
         return -(-(length - far_distance(length) - skip) // every)
 
     assert blocks(shortest) >= 3 > blocks(shortest - 1)
-    assert len(draw_queries(shortest, far_distance(shortest) + skip, every, 0, CPU).rows) >= 3
+    assert len(draw_queries(shortest, far_distance(shortest) + skip, every, 1, CPU).weights) >= 3
 
 
 @pytest.mark.gpu

@@ -102,31 +102,33 @@ class LongAttn:
         batch, length = input_ids.shape
         distance, skip, every = far_distance(length), SINK if self.skip_sink else 0, self._every()
         shares = calculator.shares(batch * length) if every == 1 else _draws(calculator.kv_heads)
-        strengths, variances, errors, variance_errors = [], [], [], []
-        for draw, kv_heads in enumerate(shares):
-            sample = None if every == 1 else draw_queries(length, distance + skip, every, draw, calculator.device)
-            rows = None if sample is None else sample.rows
+        sample = None
+        if every > 1:
+            sample = draw_queries(length, distance + skip, every, len(shares), calculator.device)
+        measured = []
+        for i, kv_heads in enumerate(shares):
+            rows = None if sample is None else sample.rows[i]
             layer = calculator.queries_keys(input_ids, rows=rows, kv_heads=kv_heads)
             far = far_statistics(
                 layer.q, layer.k, distance, rows=rows, skip=skip, scale=layer.scale, softcap=layer.softcap
             )
             del layer  # the next heads may need its memory
-            total = ordered_sum if sample is None else sample.total
-            strength = total(far.mass) / length
-            strengths.append(strength)
-            variances.append((total(far.squares) - strength.square()) / (length * length - 1))
-            if sample is not None:
-                # What a query adds, at first order, to Σ squares − (Σ mass / L)², of which the variance is made
-                added = far.squares - (2 / length) * strength[..., None] * far.mass
-                errors.append(sample.standard_error(_over_heads(far.mass)))
-                variance_errors.append(sample.standard_error(_over_heads(added)))
-        strength, variance = torch.cat(strengths, 1), torch.cat(variances, 1)  # (batch, heads)
-        heads = strength.shape[1]
+            measured.append(torch.stack([far.mass, far.squares]))
+        sums = torch.cat(measured, 2)  # (2, batch, heads, queries)
+        heads, entries = sums.shape[2], length * length
+        mass, squares = ordered_sum(sums) if sample is None else sample.total(sums)
+        strength = mass / length  # (batch, heads)
+        variance = (squares - strength.square()) / (entries - 1)
         columns = {"dependency_strength": _over_heads(strength) / heads, "variance": _over_heads(variance) / heads}
-        if errors:  # the draws are independent
-            error, variance_error = (ordered_sum(torch.stack(e, -1).square()).sqrt() for e in (errors, variance_errors))
+        if sample is not None:
+            # What a query adds, at first order, to Σ squares − (Σ mass / L)², of which the variance is made
+            added = sums[1] - (2 / length) * strength[..., None] * sums[0]
+            widths = [part.shape[2] for part in measured]
+            draws = map(_over_heads, torch.split(torch.stack([sums[0].double(), added]), widths, 2))
+            errors = sample.standard_error(torch.stack([*draws], -2))  # (2, batch, draws)
+            error, variance_error = ordered_sum(errors.square()).sqrt()  # of independent draws
             columns["dependency_strength_error"] = error / (heads * length)
-            columns["variance_error"] = variance_error / (heads * (length * length - 1))
+            columns["variance_error"] = variance_error / (heads * (entries - 1))
         if self.detail:
             columns |= {"dependency_strength_heads": strength, "variance_heads": variance}
         return columns
@@ -144,5 +146,5 @@ def _draws(kv_heads: int) -> list[range]:
 
 
 def _over_heads(values: torch.Tensor) -> torch.Tensor:
-    """The sum over heads of (batch, heads, …), in float64."""
-    return ordered_sum(values.movedim(1, -1))
+    """The sum over heads of (batch, heads) or (2, batch, heads, queries), in float64."""
+    return ordered_sum(values if values.ndim == 2 else values.movedim(2, -1))

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class QuerySample:
-    """Some queries of a window, and how many queries each of them stands for.
+    """Independent draws of some queries of a window, and how many queries each of them stands for.
 
     Attributes:
-        rows: ascending positions, (n,) int64.
-        weights: queries that each stands for, (n,) float64; a sum over all queries is estimated by the weighted sum.
+        rows: ascending positions, (draws, n) int64.
+        weights: queries that each stands for in its draw, (n,) float64; a sum over all queries is estimated by the
+            weighted sum.
         every: one in so many is measured.
     """
 
@@ -46,7 +47,7 @@ class QuerySample:
 
 
 @functools.lru_cache(maxsize=16)
-def draw_queries(length: int, first: int, every: int, draw: int, device: torch.device) -> QuerySample:
+def draw_queries(length: int, first: int, every: int, draws: int, device: torch.device) -> QuerySample:
     """One query drawn uniformly from each block of `every` consecutive queries.
 
     The same ones for every window of a length, so that their scores compare; nothing depends on batch or order. Blocks
@@ -56,7 +57,7 @@ def draw_queries(length: int, first: int, every: int, draw: int, device: torch.d
         length: queries of the window.
         first: queries before it have nothing to measure, and none is drawn from them.
         every: queries of a block.
-        draw: draws of other numbers are independent of each other.
+        draws: how often, independently.
     """
     import torch
 
@@ -66,9 +67,10 @@ def draw_queries(length: int, first: int, every: int, draw: int, device: torch.d
     sizes[0] = starts[0] + every - first
     starts[0] = first
     # Raw numbers of a generator that every version of NumPy keeps; the remainder's bias is below 2^-40.
-    drawn = np.random.PCG64([length, every, draw]).random_raw(count) % sizes.astype(np.uint64)
-    rows, weights = starts + drawn.astype(np.int64), sizes.astype(np.float64)
-    return QuerySample(torch.from_numpy(rows).to(device), torch.from_numpy(weights).to(device), every)
+    raw = np.random.PCG64([length, every]).random_raw((draws, count))
+    rows = starts + (raw % sizes.astype(np.uint64)).astype(np.int64)
+    weights = torch.from_numpy(sizes.astype(np.float64)).to(device)
+    return QuerySample(torch.from_numpy(rows).to(device), weights, every)
 
 
 def ordered_sum(values: Tensor) -> Tensor:
@@ -76,11 +78,13 @@ def ordered_sum(values: Tensor) -> Tensor:
 
     A library's own sum takes another order, and so other bits, when there are more sums to make at once.
     """
+    import torch
+
     count = values.shape[-1]
     half = 1 << (count - 1).bit_length() >> 1
     if half == 0:
         return values[..., 0].double()
-    total = values[..., :half].double().clone()
+    total = values[..., :half].to(torch.float64, copy=True)
     total[..., : count - half] += values[..., half:]
     while half > 1:
         half //= 2
