@@ -32,6 +32,7 @@ class _Recording:
     input_ids: Tensor  # where the graph reads its window
     columns: Columns  # where it leaves its results
 
+    @torch.inference_mode()  # its tensors may have been made in it, and can then be written in it alone
     def replay(self, input_ids: Tensor) -> Columns:
         self.input_ids.copy_(input_ids)
         self.graph.replay()
@@ -95,9 +96,7 @@ class Recorder:
                 columns = compute(input_ids)
             self._recordable[key] = waits.found is None
             if waits.found is not None:
-                log.info(
-                    "forwards of %d tokens are not recorded: the host waits in %s", input_ids.shape[1], waits.found
-                )
+                log.info("forwards of %d tokens are not recorded: the host waits in %s", length, waits.found)
             return columns
         elif self._recordable[key]:
             self._recordable[key] = False  # it is tried once
