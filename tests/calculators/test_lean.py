@@ -166,14 +166,22 @@ def test_half_precision_is_as_near_to_float32_as_it_was(family: str, dtype: torc
     assert (lean - exact).norm() < 1.2 * (plain - exact).norm()
 
 
+class OtherInputs(nn.Module):
+    """An MLP of the usual parts that wants to know more than the hidden states."""
+
+    def forward(self, x: torch.Tensor, routes: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("not called without routes")
+
+
 @pytest.mark.parametrize(
     ("change", "kept"),
     [
         (lambda network: setattr(network.layers[0].mlp, "act_fn", nn.GELU()), "layers.0.mlp"),
         (lambda network: setattr(network.layers[1].mlp, "forward", lambda x: 1.1 * x), "layers.1.mlp"),
         (lambda network: setattr(network.norm, "variance_epsilon", -1.0), "norm"),
+        (lambda network: setattr(network.layers[0].mlp, "__class__", OtherInputs), "layers.0.mlp"),
     ],
-    ids=["another activation", "another formula", "nonsense"],
+    ids=["another activation", "another formula", "nonsense", "other inputs"],
 )
 def test_a_part_that_computes_something_else_stays(change: Callable[[nn.Module], None], kept: str) -> None:
     network = build("llama", torch.float32)

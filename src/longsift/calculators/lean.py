@@ -64,9 +64,9 @@ def _lean_norm(module: nn.Module) -> Callable[..., Tensor] | None:
     x = (_numbers(12, len(weight), like=weight) + 1) * torch.logspace(-3, 1, 12).to(weight)[:, None]
 
     def norm(offset: float) -> Callable[[Any, Tensor], Tensor]:
-        def forward(self: Any, x: Tensor) -> Tensor:
-            if x.shape[-1] != len(self.weight) or not _fused().is_dense(x):
-                out: Tensor = plain(self, x)
+        def forward(self: Any, x: Tensor, *others: Any, **how: Any) -> Tensor:
+            if others or how or x.shape[-1] != len(self.weight) or not _fused().is_dense(x):
+                out: Tensor = plain(self, x, *others, **how)
             else:
                 out = _fused().rms_norm(x, self.weight, eps, offset)
             return out
@@ -74,12 +74,13 @@ def _lean_norm(module: nn.Module) -> Callable[..., Tensor] | None:
         return forward
 
     for forward in (norm(0.0), norm(1.0)):
-        if all(_agree(forward(module, each), plain(module, each)) for each in (x, x.float())):
+        if all(_agree(forward(module, each), _result(plain, module, each)) for each in (x, x.float())):
             return forward
     return None
 
 
 def _lean_mlp(module: nn.Module) -> Callable[..., Tensor] | None:
+    plain = type(module).forward
     gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
     activation = getattr(module, "act_fn", None)
     if not (isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear) and activation):
@@ -88,16 +89,19 @@ def _lean_mlp(module: nn.Module) -> Callable[..., Tensor] | None:
     grid = torch.linspace(-12, 12, 4097, device=x.device)
     for kind in get_args(_fused().Gate):
         # In half precision alone, GELU by its tanh formula could pass for the exact one.
-        if _agree(_fused().gate_(grid.clone(), torch.ones_like(grid), kind), activation(grid)):
+        if _agree(_fused().gate_(grid.clone(), torch.ones_like(grid), kind), _result(activation, grid)):
             break
     else:
         return None
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(_fused().gate_(self.gate_proj(x), self.up_proj(x), kind))
+    def forward(self: Any, x: Tensor, *others: Any, **how: Any) -> Tensor:
+        if others or how:
+            out: Tensor = plain(self, x, *others, **how)
+        else:
+            out = self.down_proj(_fused().gate_(self.gate_proj(x), self.up_proj(x), kind))
         return out
 
-    return forward if _agree(forward(module, x), type(module).forward(module, x)) else None
+    return forward if _agree(forward(module, x), _result(plain, module, x)) else None
 
 
 def _lean_rope(module: nn.Module) -> Callable[..., Any] | None:
@@ -113,7 +117,8 @@ def _lean_rope(module: nn.Module) -> Callable[..., Any] | None:
         like = weight.to(dtype)[:0]
         q, k = (_numbers(7, heads, head_dim, like=like).transpose(0, 1)[None] for heads in (3, 2))
         cos, sin = _numbers(2, 1, 7, head_dim, like=like)
-        if not all(map(_agree, _fused().rotate(q, k, cos, sin), plain(q, k, cos, sin))):
+        theirs = _result(plain, q, k, cos, sin)
+        if not isinstance(theirs, tuple) or not all(map(_agree, _fused().rotate(q, k, cos, sin), theirs)):
             return None
 
     def rope(*tensors: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
@@ -134,9 +139,19 @@ def _numbers(*shape: int, like: Tensor) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
+def _result(function: Callable[..., Any], *inputs: Any) -> Any:
+    """What the function gives; None where it takes other inputs than these."""
+    try:
+        return function(*inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return None
+
+
+def _agree(ours: Tensor, theirs: Any) -> bool:
     """Whether two results are the same, to a few roundings."""
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+    if not isinstance(theirs, Tensor) or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
     exact = theirs.double()
     size = exact.abs() + exact.square().mean(-1, keepdim=True).sqrt()
