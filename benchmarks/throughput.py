@@ -136,22 +136,21 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def sampled_rows(models: Models, windows: Windows, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Rank correlation of sampled and exact LongAttn measures over real windows."""
+def sampled_rows(models: Sequence[str], windows: Windows, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Rank correlation of sampled and exact LongAttn measures over real windows, with weights that were trained."""
     from scipy.stats import spearmanr, zscore
 
-    for model in ("llama-3.1-8b", "embedded"):
+    for model in models:
         measures: dict[float, dict[str, npt.NDArray[np.float64]]] = {}
         for fraction in (1.0, 1 / 8):
-            folder = models.of(Case("", "longattn", model))
-            scorer = Scorer("longattn", model=folder, device=str(device), query_fraction=fraction)
+            scorer = Scorer("longattn", model=model, device=str(device), query_fraction=fraction)
             results = _checked(scorer, windows)
             found = {key: np.array([row[key] for row in results]) for key in ("dependency_strength", "variance")}
             measures[fraction] = found | {
                 "score": zscore(found["dependency_strength"]) - 0.5 * zscore(found["variance"])
             }
         yield {
-            "model": model,
+            "model": Path(model).name,
             "windows": len(windows),
             "length": len(windows[0]),
             "spearman": {key: float(spearmanr(measures[1.0][key], measures[1 / 8][key])[0]) for key in measures[1.0]},
@@ -290,6 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--characters", type=int, default=None, help="size of the corpus that is made where none is given"
     )
     flags.add_argument("--tokenizer", type=Path, default=EMBEDDED, help="folder of a tokenizer")
+    flags.add_argument(
+        "--trained", action="append", help="of sampled: a model with the corpus's tokenizer; or embedded"
+    )
     flags.add_argument("--workers", type=int, nargs="+", default=None, help="numbers of processes; 1 to all GPUs")
     flags.add_argument("--tmp", type=Path, help="folder for checkpoints and runs")
     args = flags.parse_args(arguments)
@@ -312,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_corpus(corpus, args.characters or (QUICK_CHARACTERS if args.quick else CHARACTERS), FILES)
         run: Path | None = None
         if "text" in chosen:
-            names = [name for name in cases if name in FROM_TEXT]
+            names = args.case or list(FROM_TEXT)
             alone = stages_alone(corpus, models.of(CASES[names[0]]))
             results["text"] = []
             for name in names:
@@ -324,9 +326,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "sampled" in chosen:
             if run is None:
                 run = folder / "sampled"
-                pipeline.cut([str(corpus)], run, ModelOptions(), WindowOptions(window=length), quiet=True)
+                model = ModelOptions(model=str(args.tokenizer))
+                pipeline.cut([str(corpus)], run, model, WindowOptions(window=length), quiet=True)
             most = 8 if args.quick else SAMPLED_WINDOWS
-            results["sampled"] = list(sampled_rows(models, read_windows(run, most), device))
+            results["sampled"] = list(sampled_rows(args.trained or ["embedded"], read_windows(run, most), device))
             print("\n" + sampled_table(results["sampled"]), flush=True)
         numbers = args.workers or list(range(1, torch.cuda.device_count() + 1))
         if "workers" in chosen and (args.workers or len(numbers) > 1):
