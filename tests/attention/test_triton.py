@@ -22,7 +22,7 @@ pytestmark = [
     *([pytest.mark.gpu] if ON_GPU else []),
 ]
 
-from longsift.attention import span_focus  # noqa: E402
+from longsift.attention import attention_and_focus, far_statistics, reference, span_focus  # noqa: E402
 
 # A fast exponential is right to a few units in the last place, and its exponent, of some tens, to as many.
 RELATIVE = 2e-5
@@ -72,6 +72,132 @@ def assert_exact(q: torch.Tensor, k: torch.Tensor, span: int, **options: Any) ->
     exact = span_focus(q.double().cpu(), k.double().cpu(), span, backend="reference", **options)
     assert measured.dtype == torch.float32
     torch.testing.assert_close(measured.double().cpu(), exact, rtol=RELATIVE, atol=1e-30, equal_nan=True)
+
+
+def assert_far_exact(
+    q: torch.Tensor, k: torch.Tensor, distance: int, relative: float = RELATIVE, **options: Any
+) -> None:
+    measured = far_statistics(q, k, distance, backend="triton", **options)
+    some = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    exact = far_statistics(q.double().cpu(), k.double().cpu(), distance, backend="reference", **some)
+    for name in ("mass", "squares", "strength", "variance"):
+        value = getattr(measured, name).double().cpu()
+        # Of probabilities below 1e-16 the squares are below the smallest float32.
+        torch.testing.assert_close(value, getattr(exact, name), rtol=relative, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "length", "head_dim", "_span"), SHAPES)
+def test_far_statistics_match_the_reference(
+    heads: int, kv_heads: int, length: int, head_dim: int, _span: int, dtype: torch.dtype
+) -> None:
+    q, k = queries_and_keys(heads, kv_heads, length, head_dim, dtype)
+    assert_far_exact(q, k, length - 3 * (length // 4))
+
+
+@pytest.mark.parametrize("skip", [0, 1, 70, 128, 400, 900])
+@pytest.mark.parametrize("distance", [0, 1, 90, 128, 399, 400, 5000])
+def test_far_statistics_match_the_reference_at_any_distance_and_without_the_first_keys(
+    distance: int, skip: int
+) -> None:
+    q, k = queries_and_keys(2, 1, 400, 16, torch.float16)
+    assert_far_exact(q, k, distance, skip=skip)
+
+
+@pytest.mark.parametrize("softcap", [2.0, 50.0])
+def test_far_statistics_match_the_reference_under_a_soft_cap(softcap: float) -> None:
+    q, k = queries_and_keys(4, 2, 300, 16)
+    assert_far_exact(q, k, 75, softcap=softcap, scale=0.4)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([299], id="last"),
+        pytest.param([0], id="first"),
+        pytest.param([5, 6, 80, 140, 141, 142, 260], id="some"),
+        pytest.param(list(range(3, 300, 2)), id="every-second"),
+    ],
+)
+def test_chosen_rows_match_the_reference(rows: list[int]) -> None:
+    q, k = queries_and_keys(4, 2, 300, 16)
+    some = torch.tensor(rows, device=DEVICE)
+    assert_far_exact(q[:, :, some], k, 75, rows=some, skip=20)
+
+
+def test_far_statistics_have_the_same_bits_alone_in_any_batch_on_any_run_and_in_any_layout() -> None:
+    q, k = queries_and_keys(4, 2, 330, 32, batch=2)
+    together = far_statistics(q, k, 80, backend="triton")
+    strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k)]
+    again = [far_statistics(q, k, 80, backend="triton"), far_statistics(*strided, 80, backend="triton")]
+    for name in ("mass", "squares", "strength", "variance"):
+        bits = getattr(together, name)
+        assert all(torch.equal(getattr(other, name), bits) for other in again)
+        for b in range(2):
+            alone = far_statistics(q[b : b + 1], k[b : b + 1], 80, backend="triton")
+            assert torch.equal(getattr(alone, name), bits[b : b + 1])
+
+
+def test_far_statistics_report_nan_in_its_window_alone() -> None:
+    q, k = queries_and_keys(2, 1, 300, 16, batch=2)
+    k[0, 0, 230] = torch.nan
+    measured = far_statistics(q, k, 75, backend="triton")
+    assert measured.mass[0, :, 230:].isnan().all()
+    assert measured.strength[0].isnan().all()
+    assert measured.mass[0, :, :100].isfinite().all()
+    assert measured.strength[1].isfinite().all()
+
+
+@pytest.mark.parametrize("direction", [1, -1], ids=["rising", "falling"])
+def test_far_statistics_of_logits_in_the_hundreds_neither_overflow_nor_vanish(direction: int) -> None:
+    length = 400
+    q = torch.ones(1, 1, length, 1, device=DEVICE)
+    k = torch.linspace(-120, 120, length, device=DEVICE).view(1, 1, length, 1) * direction
+    assert_far_exact(q, k, 100, relative=1e-4, scale=1.0)
+    k[0, 0, 200] = 300.0  # far above all that is near a later row or first
+    measured = far_statistics(q, k, 100, scale=1.0, backend="triton")
+    assert (measured.mass[0, 0, 300:] == 1).all()
+
+
+@pytest.mark.parametrize("denominator", ["prior", "causal"])
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "length", "head_dim", "value_dim", "scale"),
+    [
+        pytest.param(2, 1, 256, 16, 16, 0.25, id="whole-spans"),
+        pytest.param(3, 1, 300, 24, 24, 0.25, id="keys-before-the-first-span"),
+        pytest.param(1, 1, 270, 64, 32, 4.0, id="sharp"),
+        pytest.param(1, 1, 270, 128, 128, 0.1, id="wide"),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_attention_and_focus_are_both_right(
+    heads: int,
+    kv_heads: int,
+    length: int,
+    head_dim: int,
+    value_dim: int,
+    scale: float,
+    softcap: float | None,
+    denominator: Any,
+    dtype: torch.dtype,
+) -> None:
+    q, k = queries_and_keys(heads, kv_heads, length, head_dim, dtype, batch=2)
+    v = torch.randn(2, kv_heads, length, value_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    out, focus = attention_and_focus(q, k, v, 128, denominator=denominator, backend="triton", **options)
+    exact = span_focus(q.double().cpu(), k.double().cpu(), 128, denominator=denominator, backend="reference", **options)
+    torch.testing.assert_close(focus.double().cpu(), exact, rtol=1e-4, atol=1e-30)
+    attended = reference.causal_attention(q.double().cpu(), k.double().cpu(), v.double().cpu(), **options)
+    assert out.dtype == dtype
+    torch.testing.assert_close(
+        out.double().cpu(), attended, rtol=0, atol=4 * torch.finfo(dtype).eps * float(v.abs().max())
+    )
+    alone = attention_and_focus(
+        q[1:], k[1:], v[1:], 128, denominator=denominator, query_spans=[1, 0], backend="triton", **options
+    )
+    assert torch.equal(alone[0], out[1:])
+    assert torch.equal(alone[1], focus[1:, :, [1, 0]])
 
 
 @pytest.mark.parametrize("denominator", ["prior", "causal"])

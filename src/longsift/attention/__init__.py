@@ -14,6 +14,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -27,6 +28,7 @@ __all__ = [
     "Backend",
     "Denominator",
     "FarStatistics",
+    "attention_and_focus",
     "causal_attention",
     "chosen_backend",
     "far_statistics",
@@ -150,17 +152,7 @@ def span_focus(
     Raises:
         ValueError: shapes, dtypes, names or indices that do not fit together.
     """
-    _check_queries_and_keys(q, k, softcap)
-    length = q.shape[2]
-    if not 1 <= span <= length:
-        raise ValueError(f"span must be between 1 and the window length {length}; got {span}")
-    if denominator not in ("prior", "causal"):
-        raise ValueError(f'denominator must be "prior" or "causal"; got {denominator!r}')
-    n_spans = length // span
-    chosen = range(n_spans) if query_spans is None else query_spans
-    outside = [j for j in chosen if not 0 <= j < n_spans]
-    if outside or not chosen:
-        raise ValueError(f"query_spans must name at least one of the spans 0..{n_spans - 1}; got {outside or 'none'}")
+    chosen = _check_spans(q, k, span, softcap, denominator, query_spans)
     focus: Tensor = _module(backend, q).span_focus(
         q.detach(),
         k.detach(),
@@ -179,6 +171,57 @@ def chosen_backend(q: Tensor) -> tuple[Backend, str | None]:
         return "cpu", f"the kernels need a GPU; these are on the {q.device.type}"
     refusal = _kernels_refuse(q)
     return ("triton", None) if refusal is None else ("cpu", f"the backend triton {refusal}")
+
+
+def attention_and_focus(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: int,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    denominator: Denominator = "prior",
+    query_spans: Sequence[int] | None = None,
+    average_heads: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A layer's causal attention output and the mass between its spans, in one pass where a GPU has a kernel for it.
+
+    Args:
+        v: values, (batch, kv_heads, length, value_dim); the others as for `span_focus`, `causal_attention`.
+
+    Returns:
+        The output, (batch, heads, length, value_dim) in the dtype of q, and the focus as from `span_focus`.
+
+    Raises:
+        ValueError: as those.
+    """
+    module = _module(backend, q)
+    if module in (cpu, reference) or not module.fuses(q, v, span):
+        focus = span_focus(
+            q,
+            k,
+            span,
+            scale=scale,
+            softcap=softcap,
+            denominator=denominator,
+            query_spans=query_spans,
+            average_heads=average_heads,
+            backend=backend,
+        )
+        return causal_attention(q, k, v, scale=scale, softcap=softcap), focus
+    length = q.shape[2]
+    chosen = _check_spans(q, k, span, softcap, denominator, query_spans)
+    out, focus = module.attend_and_focus(
+        q.detach(), k.detach(), v.detach(), span, scale=scale, softcap=softcap, denominator=denominator
+    )
+    if lead := length % span:  # queries before the first span
+        first = (x[:, :, :lead] for x in (q, k, v))
+        out[:, :, :lead] = causal_attention(*first, scale=scale, softcap=softcap)
+    if chosen != range(length // span):
+        focus = _rows_of(focus, chosen)
+    return out, focus.mean(1) if average_heads else focus
 
 
 def _module(backend: str, q: Tensor) -> ModuleType:
@@ -205,6 +248,32 @@ def _kernels_refuse(q: Tensor) -> str | None:
 
 def _scale(q: Tensor, scale: float | None) -> float:
     return 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+
+
+def _check_spans(
+    q: Tensor, k: Tensor, span: int, softcap: float | None, denominator: str, query_spans: Sequence[int] | None
+) -> Sequence[int]:
+    """The query spans to measure, when everything fits together."""
+    _check_queries_and_keys(q, k, softcap)
+    length = q.shape[2]
+    if not 1 <= span <= length:
+        raise ValueError(f"span must be between 1 and the window length {length}; got {span}")
+    if denominator not in ("prior", "causal"):
+        raise ValueError(f'denominator must be "prior" or "causal"; got {denominator!r}')
+    n_spans = length // span
+    chosen = range(n_spans) if query_spans is None else query_spans
+    outside = [j for j in chosen if not 0 <= j < n_spans]
+    if outside or not chosen:
+        raise ValueError(f"query_spans must name at least one of the spans 0..{n_spans - 1}; got {outside or 'none'}")
+    return chosen
+
+
+def _rows_of(focus: Tensor, spans: Sequence[int]) -> Tensor:
+    """The rows of `spans` of (batch, heads, J, J); no copy to the device where they are a falling progression."""
+    step = spans[0] - spans[1] if len(spans) > 1 else 1
+    if step > 0 and all(a - b == step for a, b in pairwise(spans)):
+        return focus[:, :, spans[-1] : spans[0] + 1 : step].flip(2)
+    return focus[:, :, list(spans)]
 
 
 def _check_queries_and_keys(q: Tensor, k: Tensor, softcap: float | None, rows: Tensor | None = None) -> None:

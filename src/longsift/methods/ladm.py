@@ -78,26 +78,29 @@ class Ladm:
     def measure(self, calculator: FullModel, input_ids: torch.Tensor) -> dict[str, Any]:
         import torch
 
-        from longsift.attention import span_focus
+        from longsift.attention import attention_and_focus, span_focus
 
         length = input_ids.shape[1]
-        query_spans = self.query_spans(length)
+
+        def options(layer: LayerAttention) -> dict[str, Any]:
+            return {
+                "scale": layer.scale,
+                "softcap": layer.softcap,
+                "denominator": self.denominator,
+                "query_spans": self.query_spans(length),
+                "average_heads": True,
+            }
 
         def reduce(layer: LayerAttention) -> torch.Tensor:
-            focus = span_focus(
-                layer.q,
-                layer.k,
-                self.span,
-                scale=layer.scale,
-                softcap=layer.softcap,
-                denominator=self.denominator,
-                query_spans=query_spans,
-                average_heads=True,
-            )
+            focus = span_focus(layer.q, layer.k, self.span, **options(layer))
             return self.contextual_dependency(focus[0].double(), length)
 
+        def reduce_and_attend(layer: LayerAttention, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            output, focus = attention_and_focus(layer.q, layer.k, values, self.span, **options(layer))
+            return self.contextual_dependency(focus[0].double(), length), output
+
         def columns(window: torch.Tensor) -> dict[str, torch.Tensor]:
-            layers = torch.stack([*calculator.reduce(window, reduce).values()])
+            layers = torch.stack([*calculator.reduce(window, reduce, and_attend=reduce_and_attend).values()])
             return {"cds": layers.mean(), "cds_layers": layers}
 
         return {
