@@ -67,7 +67,9 @@ def score(
         if text == "kill" or (text == "kill once" and tries.read_text() == "x"):
             os.kill(os.getpid(), signal.SIGKILL)
         if text == "fault":
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            error = RuntimeError("CUDA error: an illegal memory access was encountered")
+            error.add_note("while measuring window 'd3:0'")
+            raise error
         if text == "refuse":
             raise ModelError("no such layer")
         if text == "slow":

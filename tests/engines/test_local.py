@@ -90,7 +90,10 @@ def test_a_shard_whose_process_dies_is_tried_once_more(copying, tmp_path, caplog
     assert "killed by SIGKILL" in caplog.text
 
 
-@pytest.mark.parametrize(("text", "why"), [("kill", "killed by SIGKILL"), ("fault", "illegal memory access")])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("kill", "killed by SIGKILL"), ("fault", "illegal memory access was encountered, while measuring window 'd3:0'")],
+)
 def test_a_shard_that_ends_two_processes_stops_the_run_by_name(copying, tmp_path, text, why):
     with pytest.raises(ProcessLost, match=why) as error:
         copying(["a", "b", "c", text, "d"])

@@ -275,7 +275,8 @@ class LocalEngine:
             case Failure(error=LongsiftError() | OSError() as error):
                 raise error
             case Failure(error=error):
-                self._lose(process, f"{type(error).__name__}: {error}", error)
+                words = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])[:-1]]  # the last: where
+                self._lose(process, ", ".join(words), error)
             case (tokens, windows, failed):
                 process.ahead = [a + b for a, b in zip(process.ahead, message, strict=True)]
                 self._on_advance(tokens, windows, failed)
