@@ -5,10 +5,10 @@
     python benchmarks/attention_kernels.py --model FOLDER   errors on this model's queries and keys too
 
 For each layer: `far_statistics` (LongAttn) or `span_focus` (LADM; its published strides, and every span) in time and
-in FLOP/s of the query-key products that the measure needs. Beside them, in the same run: the floors, which are the
-time of these products at the rate of a large matrix product, and of one exponential for each pair at the rate of a
-kernel of nothing but exponentials; PyTorch's causal attention of that layer; and the published way (see published.py),
-of the layer's statistics alone and of a whole window.
+in FLOP/s of the products that the measure needs (of queries and keys, in attention also those with the values).
+Beside them, in the same run: the floors, which are the time of these products at the rate of a large matrix product,
+and of one exponential for each pair at the rate of a kernel of nothing but exponentials; PyTorch's causal attention of
+that layer; and the published way (see published.py), of the layer's statistics alone and of a whole window.
 
 The errors are relative, against float64 by blocks of queries, for a few heads: of every head's strength and variance,
 of the CDS that LADM makes of the spans. On random queries and keys, and on a model's own on real text.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from longsift.attention import far_statistics, span_focus
+from longsift.attention import attention_and_focus, far_statistics, span_focus
 from longsift.calculators import LayerAttention
 from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel
@@ -71,9 +71,9 @@ def kernel_rows(
     sampled = [(q[:, :, ::SAMPLED].contiguous(), k) for q, k in sets]
     distance = far_distance(length)
 
-    def row(measure: str, call: Any, pairs: int) -> dict[str, Any]:
+    def row(measure: str, call: Any, pairs: int, products: int = 1) -> dict[str, Any]:
         timing = time_calls(call, device)
-        flop, exponentials = 2 * layer.head_dim * pairs * layer.heads, pairs * layer.heads
+        flop, exponentials = 2 * products * layer.head_dim * pairs * layer.heads, pairs * layer.heads
         return {
             "layer": name,
             "measure": measure,
@@ -104,12 +104,27 @@ def kernel_rows(
                 visible_pairs(length, spans, denominator),
             )
     values = [torch.randn_like(k) for _, k in sets]
+    for denominator in ("prior", "causal") if name in FOR_LADM else ():
+        yield row(
+            f"attention and dense span focus in one pass, {denominator}",
+            lambda turn, denominator=denominator: attention_and_focus(
+                *sets[turn % len(sets)],
+                values[turn % len(sets)],
+                SPAN,
+                scale=layer.head_dim**-0.5,
+                denominator=denominator,
+                average_heads=True,
+            ),
+            every,
+            products=2,
+        )
     yield row(
         "causal attention (PyTorch SDPA)",
         lambda turn: scaled_dot_product_attention(
             *sets[turn % len(sets)], values[turn % len(sets)], is_causal=True, enable_gqa=True
         ),
         every,
+        products=2,
     )
 
 
@@ -209,13 +224,15 @@ def errors(layer: LayerAttention, *, spans: bool) -> dict[str, float]:
     for strides, ladm in STRIDES.items() if spans else ():
         chosen = ladm.query_spans(length)
         for denominator in ("prior", "causal"):
-            ours = span_focus(q, k, SPAN, scale=layer.scale, denominator=denominator, query_spans=chosen)
-            exact = exact_focus(*some, chosen, denominator, layer.scale)
-            ours_cds, exact_cds = (
-                torch.as_tensor(ladm.contextual_dependency(focus.double(), length), device=q.device)
-                for focus in (ours[0, heads].double().mean(0), exact)
-            )
-            found[f"CDS, {strides}, {denominator}"] = _largest(ours_cds, exact_cds)
+            how = {"scale": layer.scale, "denominator": denominator, "query_spans": chosen}
+            measured = {f"CDS, {strides}, {denominator}": span_focus(q, k, SPAN, **how)}
+            if strides == "dense":
+                one_pass = attention_and_focus(q, k, torch.randn_like(k), SPAN, **how)[1]
+                measured[f"CDS, {strides}, {denominator}, in one pass"] = one_pass
+            exact = ladm.contextual_dependency(exact_focus(*some, chosen, denominator, layer.scale), length)
+            for name, focus in measured.items():
+                ours = ladm.contextual_dependency(focus[0, heads].double().mean(0), length)
+                found[name] = _largest(ours, exact)
     return found
 
 
