@@ -419,6 +419,9 @@ def attend_and_focus_kernel(
     stride_vh,
     stride_vl,
     stride_vd,
+    stride_ab,
+    stride_ah,
+    stride_al,
     heads,
     group,
     batch_heads,
@@ -538,9 +541,9 @@ def attend_and_focus_kernel(
         b_largest = b_new
     b_shrink = tl.exp2(b_reference - b_largest)
     b_total = b_prior * b_shrink + b_own
-    row = (program % batch_heads).to(tl.int64) * length + first_row
+    p_attention += i_batch * stride_ab + i_head.to(tl.int64) * stride_ah + first_row.to(tl.int64) * stride_al
     tl.store(
-        p_attention + row * VALUE_DIM + (o_in_span[:, None] * VALUE_DIM + o_v[None, :]),
+        p_attention + (o_in_span[:, None] * stride_al + o_v[None, :]),
         (b_out / b_total[:, None]).to(p_attention.dtype.element_ty),
         mask=(o_v < VALUE_DIM)[None, :],
     )

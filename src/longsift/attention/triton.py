@@ -167,7 +167,8 @@ def attend_and_focus(
     q, k, v = _addressable(q), _addressable(k), _addressable(v)
     n_spans = length // span
     shape = _fused_shape(q)
-    out = torch.empty(batch, heads, length, v.shape[3], dtype=q.dtype, device=q.device)
+    # As the projection after it wants it: the heads of a token side by side
+    out = torch.empty(batch, length, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
     focus = torch.empty(batch, heads, n_spans, n_spans, dtype=torch.float32, device=q.device)
     at_once = max(SCRATCH_BYTES // (batch * heads * n_spans * span * 4), 1)
     scratch = torch.empty(min(at_once, n_spans) * batch * heads, n_spans, span, dtype=torch.float32, device=q.device)
@@ -183,6 +184,7 @@ def attend_and_focus(
                 *q.stride(),
                 *k.stride(),
                 *v.stride(),
+                *out.stride()[:3],
                 heads,
                 heads // k.shape[1],
                 batch * heads,
