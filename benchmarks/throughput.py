@@ -63,7 +63,6 @@ class Case:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
-SAMPLED = {"query_fraction": 1 / 8}
 CASES = {
     "longattn-8b": Case("LongAttn, Llama-3.1-8B", "longattn", "llama-3.1-8b"),
     "longattn-8b-sampled": Case(
@@ -106,6 +105,8 @@ def ids_row(name: str, models: Models, length: int, device: torch.device) -> dic
     if once * together < SECONDS:
         once = _seconds(lambda: _checked(scorer, windows)) / together  # the shapes of whole batches
     number = 4 if models.quick else max(4, round(SECONDS / once))
+    if number > together:
+        number -= number % together  # whole batches
     some = [windows[i % together] for i in range(number)]
     times = [_seconds(lambda: _checked(scorer, some)) / number for _ in range(ROUNDS)]
     one = [_seconds(lambda: _checked(scorer, windows[:1])) for _ in range(ROUNDS)]
