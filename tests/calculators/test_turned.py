@@ -100,8 +100,8 @@ def test_a_vocabulary_of_many_blocks_has_every_row(tmp_path: Path) -> None:
     folder = str(make_checkpoint(tmp_path / "wide", "qwen3", layers=1, vocab_size=2500))
     ids = torch.randperm(2500, generator=torch.Generator().manual_seed(0))[None].to(DEVICE)
     made, expected = load(folder).queries_keys(ids), load_plain(folder).queries_keys(ids)
-    torch.testing.assert_close(made.q, expected.q, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(made.k, expected.k, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made.q, expected.q, rtol=1e-5, atol=3e-6)
+    torch.testing.assert_close(made.k, expected.k, rtol=1e-5, atol=3e-6)
 
 
 def test_a_window_is_the_same_bits_alone_and_among_others(checkpoint: Callable[[str], str]) -> None:
