@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pyarrow as pa
 
 from longsift.errors import ModelError, UsageError
-from longsift.selection import ScoreRule, Term
+from longsift.rules import ScoreRule, Term
 
 if TYPE_CHECKING:
     import torch
