@@ -38,7 +38,7 @@ from longsift.windows import (
 
 DEFAULT_WINDOW = 32_768
 _QUARANTINE_ROWS = 10_000  # of a file
-_BYTES_EACH = 4 << 20  # of sources, often compressed, for which another process that cuts is worth its start
+_BYTES_EACH = 2 << 20  # of sources, often compressed, for which another process that cuts is worth its start
 
 Row = TypeVar("Row")
 

@@ -69,6 +69,11 @@ class ScoreStage:
             self._start(devices(self._options))
         self._submit(windows)
 
+    def check(self) -> None:
+        """Raise what scoring has failed with, if it has."""
+        if self._engine is not None:
+            self._engine.check()
+
     def finish(self) -> dict[str, Any]:
         """Score all windows that have no scores yet.
 

@@ -11,15 +11,21 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from engines.test_children import gone
 from longsift.cli import app
+from longsift.cutting import cut_sources
 from longsift.engines import local
 from longsift.engines.local import LocalEngine
 from longsift.errors import ModelError, ProcessLost
-from longsift.options import ModelOptions, ScoreOptions
+from longsift.options import ModelOptions, ScoreOptions, WindowOptions
+from longsift.scoring_stage import ScoreStage
+from longsift.shards import RunFolder
+from longsift.sources import find_sources
+from longsift.status import run_status
 from longsift.tables import parquet_files
 
 
@@ -169,6 +175,29 @@ def test_two_processes_of_which_one_is_killed_write_the_same_bytes_as_one(alone,
     for name in ("windows", "scores", "selected"):
         assert contents(tmp_path / name) == contents(alone / name)
     assert len(contents(tmp_path / "scores")) > 8
+
+
+def test_windows_are_scored_while_others_are_still_cut(alone, corpus, model, tmp_path):
+    folder, sources = RunFolder(tmp_path), find_sources([str(corpus)])
+    states = []
+
+    def wait_for_scores(path: Path) -> None:
+        stage.offer(path)
+        if not states:
+            until = time.monotonic() + 60
+            while not (folder.scores / path.name).exists() and time.monotonic() < until:
+                stage.check()
+                time.sleep(0.01)
+            states.append(run_status(tmp_path))
+
+    options = ModelOptions(model=str(model)), WindowOptions(window=512, shard_tokens=1024)
+    scoring = ScoreOptions(method="longattn", device="cpu")
+    with folder.lock(), ScoreStage(folder, options[0], scoring, overwrite=False, quiet=True) as stage:
+        cut_sources(sources, folder, *options, overwrite=False, quiet=True, on_part=wait_for_scores)
+        result = stage.finish()
+    assert [states[0][name]["state"] for name in ("windows", "scores")] == ["running", "running"]
+    assert contents(tmp_path / "scores") == contents(alone / "scores")
+    assert result["windows"] == sum(len(pq.read_table(path)) for path in parquet_files(tmp_path / "scores"))
 
 
 def test_ctrl_c_ends_all_processes_and_another_number_of_them_goes_on(alone, corpus, model, tmp_path):

@@ -25,7 +25,7 @@ Row: TypeAlias = Document | BadRow
 Piece: TypeAlias = Window | TooShort | BadRow
 
 _CHARS = 1 << 20  # of the documents that a process gets at a time: some tenths of a second of work
-_GIANT_CHARS = 1 << 25  # more than this is cut here, where the tokenizer's threads share one document
+_GIANT_CHARS = 1 << 24  # more than this is cut here, where the tokenizer's threads share one document
 _EACH = 2  # batches that a process has at a time: the next is there when it is done with one
 _HELD = 4  # batches for each process that may wait for one before them
 
