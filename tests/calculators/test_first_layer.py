@@ -170,6 +170,14 @@ def test_another_rope_base_keeps_the_rest_of_the_rope_settings(
     assert (rope["rope_theta"], rope["factor"], rope["rope_type"]) == (2.5e6, 8.0, "llama3")
 
 
+def test_rope_that_grows_with_the_window_is_that_of_each_window_alone(tmp_path: Path) -> None:
+    grows = {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    folder, ids = str(make_checkpoint(tmp_path / "dynamic", "llama", **grows)), windows(300)
+    calculator = FirstLayer.load(folder)
+    for length in (300, 100):
+        assert agree_with_full_model(calculator.queries_keys(ids[:, :length]), of_full_model(folder, ids[:, :length]))
+
+
 def test_the_manifest_says_what_was_computed_and_how(checkpoint: Callable[[str], str]) -> None:
     description = FirstLayer.load(checkpoint("qwen3")).describe()
     assert json.loads(json.dumps(description)) == description

@@ -34,6 +34,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.fl
 ROPES = {
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "dynamic": {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
     "head-of-40": {"head_dim": 40, "rope_scaling": None},
 }
 

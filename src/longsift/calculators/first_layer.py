@@ -40,7 +40,7 @@ from longsift.calculators.interface import (
     read_config,
     run,
 )
-from longsift.calculators.positions import Turns, read_turns, unturned
+from longsift.calculators.positions import Turns, read_turns, remember_state, unturned
 from longsift.calculators.turned import TurnedTables, kernel_applies
 from longsift.errors import ModelError, UnsupportedModel
 
@@ -83,7 +83,7 @@ class FirstLayer:
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self.device = device
         self._network, self._attention, self._config, self._location = network, attention, config, location
-        self._bytes_read = bytes_read
+        self._bytes_read, self._restore = bytes_read, remember_state(network)
         stages = [stage for stage in network.modules() if isinstance(stage, _Stage)]
         self._entrances = [stage for stage in stages if stage.role == "entrance"]
         self._projections = [stage for stage in stages if stage.role == "projection"]
@@ -216,6 +216,7 @@ class FirstLayer:
         }
 
     def _plain(self, input_ids: torch.Tensor) -> Seen:
+        self._restore()
         return _observe(self._network, input_ids)
 
     def _look_up(self, input_ids: torch.Tensor) -> LayerAttention:
@@ -292,6 +293,7 @@ class FirstLayer:
         return TurnedTables(q, k, self._read_turns)
 
     def _read_turns(self, length: int) -> Turns | None:
+        self._restore()
         ids = torch.zeros((), dtype=torch.int64, device=self.device).expand(1, length)
         slides = self._window is not None and self._window < length
         with self._answers([entrance.blank(ids) for entrance in self._entrances]):

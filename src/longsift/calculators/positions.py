@@ -88,6 +88,24 @@ def read_turns(attention: nn.Module, forward: Callable[[], None], length: int, *
     return Turns(cos[:, 0].contiguous(), sin[:, 0].contiguous())
 
 
+def remember_state(network: nn.Module) -> Callable[[], None]:
+    """What puts the modules without parameters, RoPE among them, back into the state that they are in now.
+
+    RoPE that grows with the window ("dynamic") keeps what the longest one so far needed, so that what a window gives
+    would depend on those before it.
+    """
+    modules = [module for module in network.modules() if not any(True for _ in module.parameters())]
+    states = [(module, dict(vars(module)), dict(module.named_buffers(recurse=False))) for module in modules]
+
+    def restore() -> None:
+        for module, attributes, buffers in states:
+            vars(module).update(attributes)
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer)
+
+    return restore
+
+
 def _is_pair(value: Any) -> TypeGuard[tuple[Tensor, Tensor]]:
     return (
         type(value) in (tuple, list)

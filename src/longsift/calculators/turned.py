@@ -32,7 +32,7 @@ class TurnedTables:
     def __init__(self, q: Tensor, k: Tensor, read_turns: Callable[[int], Turns | None]) -> None:
         self._q, self._k, self._read_turns = q, k, read_turns
         self._group = q.shape[1] // k.shape[1]
-        self._kept: dict[int, Turns] = {}
+        self._kept: dict[int, Turns | None] = {}
         self._positions = True
 
     def follows(self, input_ids: Tensor, plain: LayerAttention) -> bool:
@@ -40,10 +40,13 @@ class TurnedTables:
 
         A layer need not use the positions that it is given; if it does not, they are left out from now on.
         """
-        if self._read_turns(input_ids.shape[1]) is not None:
-            if self._agrees(input_ids, plain):
-                return True
-            self._kept.clear()
+        try:
+            self._positions = self._read_turns(input_ids.shape[1]) is not None
+        except UnsupportedModel:
+            return False
+        if self._positions and self._agrees(input_ids, plain):
+            return True
+        self._kept.clear()
         self._positions = False
         return self._agrees(input_ids, plain)
 
@@ -51,18 +54,18 @@ class TurnedTables:
         """Queries (of `rows`) and keys of windows (batch, length), for the given key heads."""
         from longsift.calculators.rotary import look_up
 
-        turns = self._turns(input_ids.shape[1]) if self._positions else None
+        turns = self._turns(input_ids.shape[1])
         q = self._q[:, kv_heads.start * self._group : kv_heads.stop * self._group]
         return look_up(q, input_ids, turns, rows), look_up(self._k[:, kv_heads.start : kv_heads.stop], input_ids, turns)
 
-    def _turns(self, length: int) -> Turns:
+    def _turns(self, length: int) -> Turns | None:
         if length not in self._kept:
             while len(self._kept) >= TURNS_KEPT:
                 del self._kept[next(iter(self._kept))]
-            turns = self._read_turns(length)
-            if turns is None:
+            turns = self._read_turns(length)  # without positions too, since it looks at the mask
+            if self._positions and turns is None:
                 raise UnsupportedModel(f"The first layer turns windows of {length} tokens in another way than others.")
-            self._kept[length] = turns
+            self._kept[length] = turns if self._positions else None
         return self._kept[length]
 
     def _agrees(self, input_ids: Tensor, plain: LayerAttention) -> bool:
