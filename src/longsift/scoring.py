@@ -257,6 +257,7 @@ class Scorer:
                 if row.result is None:
                     yield row
                 else:
+                    row.input_ids = None
                     refused.append(row)
 
         for batch in group_rows(fit(), self.batch_tokens, pinned=self.device.type == "cuda"):

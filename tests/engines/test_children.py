@@ -98,3 +98,12 @@ def test_no_child_outlives_its_parent(how):
         parent.wait()
         assert len(pids) == 2
         assert all(map(gone, pids))
+
+
+def test_a_child_that_is_stopped_at_once_says_nothing(capfd):
+    for seconds in (0.0, 0.05, 0.2):
+        child = Child(f"{FUNCTIONS}:name_self")
+        time.sleep(seconds)
+        child.stop()
+        assert gone(child.pid)
+    assert capfd.readouterr().err == ""

@@ -17,6 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -56,6 +57,7 @@ class Child:
                 [sys.executable, "-c", _START, str(theirs.fileno()), path],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is the parent's; a child ends with it
             )
         finally:
             theirs.close()
@@ -124,7 +126,6 @@ class Link:
 
 def serve(handle: int) -> None:
     """Be a child whose end of the pipe is the file descriptor `handle`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     connection = Connection(handle)
     link = Link(connection)
     try:
@@ -134,7 +135,8 @@ def serve(handle: int) -> None:
         function: Callable[..., None] = getattr(importlib.import_module(module), name)
         function(link, *arguments)
     except BaseException as error:
-        link.send(Failure(_portable(error)))
+        with suppress(OSError):  # the parent is gone
+            link.send(Failure(_portable(error)))
     sys.stderr.flush()
     os._exit(0)  # threads of libraries have nothing left to do
 

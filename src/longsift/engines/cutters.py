@@ -7,6 +7,7 @@ tokenizer's own threads share a cache. Which process cuts which documents change
 from __future__ import annotations
 
 import os
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -42,9 +43,10 @@ class _Cutter:
     batches: deque[_Batch]  # that it has, in order
 
 
-def cut_in_process(link: Link, tokenizer: WindowTokenizer, length: int) -> None:
-    """What a process does: cut the documents that it is sent."""
+def cut_in_process(link: Link) -> None:
+    """What a process does: cut the documents that it is sent, with the tokenizer and length that come first."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core
+    tokenizer, length = pickle.loads(link.receive())
     while True:
         link.send(list(cut_windows(link.receive(), tokenizer, length)))
 
@@ -117,13 +119,18 @@ class Cutters:
         if sum(map(weight, batch.rows)) > _GIANT_CHARS:
             batch.cut = list(cut_windows(batch.rows, tokenizer, length))
             return
-        while len(self._cutters) < self._processes:
-            self._cutters.append(_Cutter(Child(f"{__name__}:cut_in_process", tokenizer, length), deque()))
+        if not self._cutters:
+            self._start(tokenizer, length)
         cutter = min(self._cutters, key=lambda cutter: len(cutter.batches))
         cutter.batches.append(batch)
-        # One that has ended is noticed when it is heard.
-        with suppress(OSError):
-            cutter.child.connection.send(batch.rows)
+        _send(cutter, batch.rows)
+
+    def _start(self, tokenizer: WindowTokenizer, length: int) -> None:
+        for _ in range(self._processes):
+            self._cutters.append(_Cutter(Child(f"{__name__}:cut_in_process"), deque()))
+        state = pickle.dumps((tokenizer, length))  # once: that of a large vocabulary takes a while
+        for cutter in self._cutters:
+            _send(cutter, state)
 
     def _hear(self) -> None:
         """Wait until some process has cut a batch."""
@@ -139,6 +146,11 @@ class Cutters:
             if isinstance(message, Failure):
                 raise message.error
             cutter.batches.popleft().cut = message
+
+
+def _send(cutter: _Cutter, message: object) -> None:
+    with suppress(OSError):  # of one that has ended, which is noticed when it is heard
+        cutter.child.connection.send(message)
 
 
 def _batches(sources: Iterable[Iterable[Row]]) -> Iterator[_Batch | None]:
