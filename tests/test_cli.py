@@ -109,7 +109,7 @@ def test_what_cannot_work_is_one_line_that_names_the_fix(arguments, code, messag
         ["--rope-theta", "nan"],
         ["--rope-theta", 0],
         ["--alpha", 1e308],
-        ["--query-fraction", "3/8"],
+        ["--query-fraction", "9/8"],
         ["--budget", 10**30],
         ["--device", "meta"],
         ["--method", "ladm", "--window", 2304],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -39,33 +41,34 @@ def windows() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("length", "first", "every"), [(100, 20, 8), (101, 20, 8), (107, 27, 8), (9, 3, 5), (50, 0, 1)]
+    ("length", "first", "fraction", "count"),
+    [(100, 20, 1 / 8, 13), (96, 24, 1 / 4, 24), (107, 27, 1 / 3, 36), (100, 90, 1 / 2, 10), (12, 3, 1 / 5, 3)],
 )
-def test_one_query_is_drawn_from_each_block(length: int, first: int, every: int) -> None:
-    sample = draw_queries(length, first, every, 3, CPU)
-    blocks = (length - 1 - sample.rows) // every  # counted from the window's end
-    assert blocks.tolist() == 3 * [list(range(-(-(length - first) // every)))[::-1]]
-    assert sample.rows.min() >= first
-    assert sample.weights.sum() == length - first
-    assert (sample.weights[1:] == every).all()
-    assert 1 <= sample.weights[0] <= every
+def test_one_query_is_drawn_from_each_block(length: int, first: int, fraction: float, count: int) -> None:
+    sample = draw_queries(length, first, fraction, 3, CPU)
+    assert sample.rows.shape == (3, count)
+    sizes = sample.weights.long()
+    assert sizes.sum() == length - first
+    assert sizes.max() - sizes.min() <= 1
+    starts = first + sizes.cumsum(0) - sizes
+    assert ((starts <= sample.rows) & (sample.rows < starts + sizes)).all()
 
 
 def test_every_query_of_a_block_is_as_likely_as_the_others() -> None:
-    places = torch.cat([(length - 1 - draw_queries(length, 0, 4, 1, CPU).rows[0]) % 4 for length in range(4, 800, 4)])
+    places = torch.cat([draw_queries(length, 0, 1 / 4, 1, CPU).rows[0] % 4 for length in range(4, 800, 4)])
     shares = places.bincount(minlength=4) / len(places)
     assert (shares - 0.25).abs().max() < 4 * (0.25 * 0.75 / len(places)) ** 0.5
 
 
 def test_draws_do_not_depend_on_each_other() -> None:
-    places = ((7999 - draw_queries(8000, 0, 8, 4, CPU).rows) % 8).double()
+    places = (draw_queries(8000, 0, 1 / 8, 4, CPU).rows % 8).double()
     assert (torch.corrcoef(places) - torch.eye(4)).abs().max() < 4 / 1000**0.5
 
 
 def test_a_draw_is_the_same_on_every_machine_and_in_every_run() -> None:
-    assert draw_queries(40, 10, 4, 2, CPU).rows.tolist() == [
-        [11, 13, 16, 21, 24, 29, 33, 39],
-        [11, 13, 17, 21, 24, 31, 32, 39],
+    assert draw_queries(40, 10, 1 / 5, 2, CPU).rows.tolist() == [
+        [10, 13, 20, 22, 26, 31, 32, 39],
+        [10, 15, 17, 24, 25, 28, 32, 39],
     ]
 
 
@@ -82,11 +85,12 @@ def test_an_ordered_sum_is_the_sum_and_the_same_bits_among_others(count: int) ->
 
 def other_draws(count: int) -> list[QuerySample]:
     """Draws of one query in eight, as for the two key heads, that differ only in their random numbers."""
-    drawn = draw_queries(LENGTH, far_distance(LENGTH), 8, 2, CPU)
-    ends = LENGTH - 8 * torch.arange(len(drawn.weights)).flip(0)
+    first = far_distance(LENGTH)
+    weights = draw_queries(LENGTH, first, 1 / 8, 2, CPU).weights
+    starts = first + weights.cumsum(0) - weights
     generator = torch.Generator().manual_seed(0)
-    places = [(torch.rand(2, len(ends), generator=generator) * drawn.weights).long() for _ in range(count)]
-    return [QuerySample(ends - 1 - place, drawn.weights, 8) for place in places]
+    places = [torch.rand(2, len(starts), generator=generator) * weights for _ in range(count)]
+    return [QuerySample(starts.long() + place.long(), weights) for place in places]
 
 
 def test_over_many_draws_the_mean_is_the_exact_value_and_the_error_is_the_spread(
@@ -148,35 +152,36 @@ def test_the_errors_stand_in_the_table_of_scores(windows: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("given", ["1/8", "0.125", 0.125, " 1/8 "])
-def test_a_fraction_is_one_over_a_whole_number(given: str | float) -> None:
+def test_a_fraction_is_a_number_or_what_reads_like_one(given: str | float) -> None:
     method = build_method("longattn", query_fraction=given)
     assert method == LongAttn(query_fraction=0.125)
     assert parameters_of(method)["query_fraction"] == 0.125
     assert build_method("longattn", **parameters_of(method)) == method
 
 
-def test_a_third_is_a_third() -> None:
-    method = LongAttn(query_fraction="1/3")
-    assert LongAttn(**parameters_of(method)) == method
-    assert method.shortest() == 12
-
-
-@pytest.mark.parametrize("given", ["3/8", "0", "2", "-1/8", "1/0", "half", 0.3, float("nan"), float("inf"), ""])
+@pytest.mark.parametrize("given", ["9/8", "0", "2", "-1/8", "1/0", "half", 1e-7, float("nan"), float("inf"), ""])
 def test_another_fraction_is_refused(given: str | float) -> None:
-    with pytest.raises(UsageError, match=r"--query-fraction takes 1 or a part of it such as 1/8 or 0\.125"):
+    with pytest.raises(UsageError, match=r"--query-fraction takes a share such as 1/8 or 0\.125"):
         LongAttn(query_fraction=given)
 
 
-@pytest.mark.parametrize("every", [2, 3, 8])
+def test_a_fraction_that_leaves_no_query_out_is_exact(calculator: FirstLayer, windows: torch.Tensor) -> None:
+    exact, all_far = (LongAttn(query_fraction=f).measure(calculator, windows) for f in (1, 0.9))
+    for name in MEASURES:
+        torch.testing.assert_close(all_far[name], exact[name], rtol=1e-6, atol=0)
+        assert (all_far[f"{name}_error"] == 0).all()
+
+
+@pytest.mark.parametrize("fraction", [1 / 2, 1 / 3, 1 / 8, 1 / 1000])
 @pytest.mark.parametrize("skip", [0, 128])
-def test_the_shortest_window_is_the_first_with_three_blocks(every: int, skip: int) -> None:
-    shortest = LongAttn(skip_sink=skip > 0, query_fraction=1 / every).shortest()
+def test_the_shortest_window_is_the_first_with_three_queries(fraction: float, skip: int) -> None:
+    shortest = LongAttn(skip_sink=skip > 0, query_fraction=fraction).shortest()
 
-    def blocks(length: int) -> int:
-        return -(-(length - far_distance(length) - skip) // every)
+    def queries(length: int) -> int:
+        return min(math.ceil(length * fraction), length - far_distance(length) - skip)
 
-    assert blocks(shortest) >= 3 > blocks(shortest - 1)
-    assert len(draw_queries(shortest, far_distance(shortest) + skip, every, 1, CPU).weights) >= 3
+    assert queries(shortest) >= 3 > queries(shortest - 1)
+    assert len(draw_queries(shortest, far_distance(shortest) + skip, fraction, 1, CPU).weights) >= 3
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -42,8 +43,8 @@ class LongAttn:
         detail: also write the values of every head.
         skip_sink: never count the first 128 tokens as far, in strength and in variance; they stay in the softmax.
             The paper counts them.
-        query_fraction: share of the queries to measure, 1 or 1/m for a whole m, or text such as "1/8". Below 1, the
-            two measures are unbiased estimates (the variance but for the square of the strength's error, which is
+        query_fraction: share of the queries to measure, above 0 and up to 1, or text such as "1/8". Below 1, the two
+            measures are unbiased estimates (the variance but for the square of the strength's error, which is
             far below its own), with their standard errors in columns of their own; see `query_sample`.
     """
 
@@ -65,23 +66,22 @@ class LongAttn:
             raise UsageError(f"--normalize takes zscore or minmax, not '{self.normalize}'.")
         if not abs(self.alpha) <= 1e6:  # also refuses NaN
             raise UsageError(f"--alpha is a number between -1e6 and 1e6, not {self.alpha}.")
-        object.__setattr__(self, "query_fraction", 1 / self._every())
+        object.__setattr__(self, "query_fraction", self._fraction())
 
-    def _every(self) -> int:
-        """One query in so many is measured."""
+    def _fraction(self) -> float:
         try:
-            fraction = Fraction(self.query_fraction).limit_denominator(10**6)
+            fraction = float(Fraction(self.query_fraction))
         except (ValueError, OverflowError, ZeroDivisionError):
-            fraction = Fraction(0)
-        if fraction.numerator != 1:
+            fraction = math.nan
+        if not 1e-6 <= fraction <= 1:
             raise UsageError(
-                f"--query-fraction takes 1 or a part of it such as 1/8 or 0.125, not {self.query_fraction}."
+                f"--query-fraction takes a share such as 1/8 or 0.125, up to 1, not '{self.query_fraction}'."
             )
-        return fraction.denominator
+        return fraction
 
     def columns(self) -> tuple[pa.Field, ...]:
         names = ["dependency_strength", "variance"]
-        if self._every() > 1:
+        if self._fraction() < 1:
             names += ["dependency_strength_error", "variance_error"]
         means = tuple(pa.field(name, pa.float64()) for name in names)
         if not self.detail:
@@ -90,9 +90,9 @@ class LongAttn:
         return (*means, pa.field("dependency_strength_heads", heads), pa.field("variance_heads", heads))
 
     def shortest(self) -> int:
-        # Below, there is no query with a far key; or too few blocks of them to say how they differ.
-        queries = 1 if self._every() == 1 else 2 * self._every() + 1
-        return 4 * -(-((SINK if self.skip_sink else 0) + queries) // 3)
+        # Below, there is no query with a far key; or there are too few in a sample to say how they differ.
+        queries, tokens = (1, 0) if self._fraction() == 1 else (3, math.floor(2 / self._fraction()) + 1)
+        return max(4 * -(-((SINK if self.skip_sink else 0) + queries) // 3), tokens)
 
     def measure(self, calculator: FirstLayer, input_ids: torch.Tensor) -> dict[str, Any]:
         import torch
@@ -100,11 +100,11 @@ class LongAttn:
         from longsift.attention import far_statistics
 
         batch, length = input_ids.shape
-        distance, skip, every = far_distance(length), SINK if self.skip_sink else 0, self._every()
-        shares = calculator.shares(batch * length) if every == 1 else _draws(calculator.kv_heads)
+        distance, skip, fraction = far_distance(length), SINK if self.skip_sink else 0, self._fraction()
+        shares = calculator.shares(batch * length) if fraction == 1 else _draws(calculator.kv_heads)
         sample = None
-        if every > 1:
-            sample = draw_queries(length, distance + skip, every, len(shares), calculator.device)
+        if fraction < 1:
+            sample = draw_queries(length, distance + skip, fraction, len(shares), calculator.device)
         measured = []
         for i, kv_heads in enumerate(shares):
             rows = None if sample is None else sample.rows[i]

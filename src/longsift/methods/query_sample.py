@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,10 @@ class QuerySample:
         rows: ascending positions, (draws, n) int64.
         weights: queries that each stands for in its draw, (n,) float64; a sum over all queries is estimated by the
             weighted sum.
-        every: one in so many is measured.
     """
 
     rows: Tensor
     weights: Tensor
-    every: int
 
     def total(self, values: Tensor) -> Tensor:
         """The unbiased estimate (…) of the sum over all queries of `values` (…, n)."""
@@ -35,42 +34,38 @@ class QuerySample:
     def standard_error(self, values: Tensor) -> Tensor:
         """The standard error (…) of `total(values)` for `values` (…, n), n at least 3.
 
-        `√((1 − f) · Σ w² · Σ (y_i − 2y_{i−1} + y_{i−2})² / (6(n − 2)))`, f = 1/every: the estimator from successive
-        second differences, with the finite population factor (Wolter, Introduction to Variance Estimation, 2nd ed.
+        `√(Σ w(w − 1) · Σ (y_i − 2y_{i−1} + y_{i−2})² / (6(n − 2)))`: the estimator from successive second differences,
+        with the finite population factor of each block, 1 − 1/w (Wolter, Introduction to Variance Estimation, 2nd ed.
         2007, section 8.2). Second differences of neighbours, in which a trend cancels, stand for the spread within
         a block, from which only one query is drawn. Where queries are the more alike the nearer they are, it is
         too large rather than too small.
         """
         differences = values[..., 2:] - 2 * values[..., 1:-1] + values[..., :-2]
         spread = ordered_sum(differences.square()) / (6 * (values.shape[-1] - 2))
-        return ((1 - 1 / self.every) * ordered_sum(self.weights.square()) * spread).sqrt()
+        return (ordered_sum(self.weights * (self.weights - 1)) * spread).sqrt()
 
 
 @functools.lru_cache(maxsize=16)
-def draw_queries(length: int, first: int, every: int, draws: int, device: torch.device) -> QuerySample:
-    """One query drawn uniformly from each block of `every` consecutive queries.
+def draw_queries(length: int, first: int, fraction: float, draws: int, device: torch.device) -> QuerySample:
+    """One query drawn uniformly from each block of consecutive queries; sizes of blocks differ by one at most.
 
-    The same ones for every window of a length, so that their scores compare; nothing depends on batch or order. Blocks
-    are aligned to the window's end, and the first one may be shorter: its query stands for fewer.
+    The same ones for every window of a length, so that their scores compare; nothing depends on batch or order.
 
     Args:
         length: queries of the window.
         first: queries before it have nothing to measure, and none is drawn from them.
-        every: queries of a block.
+        fraction: queries drawn, as a share of all of the window.
         draws: how often, independently.
     """
     import torch
 
-    count = -(-(length - first) // every)
-    starts = length - every * np.arange(count, 0, -1)
-    sizes = np.full(count, every)
-    sizes[0] = starts[0] + every - first
-    starts[0] = first
+    count = min(math.ceil(length * fraction), length - first)
+    bounds = first + np.arange(count + 1) * (length - first) // count
+    sizes = np.diff(bounds)
     # Raw numbers of a generator that every version of NumPy keeps; the remainder's bias is below 2^-40.
-    raw = np.random.PCG64([length, every]).random_raw((draws, count))
-    rows = starts + (raw % sizes.astype(np.uint64)).astype(np.int64)
-    weights = torch.from_numpy(sizes.astype(np.float64)).to(device)
-    return QuerySample(torch.from_numpy(rows).to(device), weights, every)
+    raw = np.random.PCG64([length, count]).random_raw((draws, count))
+    rows = bounds[:-1] + (raw % sizes.astype(np.uint64)).astype(np.int64)
+    return QuerySample(torch.from_numpy(rows).to(device), torch.from_numpy(sizes.astype(np.float64)).to(device))
 
 
 def ordered_sum(values: Tensor) -> Tensor:
