@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from longsift import Scorer
-from longsift.batches import Prefetched, Row, group_rows
+from longsift.batches import Prefetched, Row, Shard, group_rows
 from longsift.errors import ModelError
 from longsift.rules import ScoreRule, Term
 from longsift.tables import WINDOWS
@@ -209,6 +210,30 @@ def test_a_finished_shard_is_given_out_while_the_next_is_still_to_come(model, tm
     assert next(scored)[0] == path
     more.set()
     assert [table.num_rows for _, table in scored] == [3]
+
+
+def test_the_next_batch_is_under_way_before_the_last_one_is_waited_for_also_across_shards(model, tmp_path):
+    class Device(Scorer):
+        """Measures at once, and takes note of what is sent and waited for, as with a GPU."""
+
+        def _launch(self, batch):
+            flights = super()._launch(batch)
+            names = [row.keys["window_id"] for row in batch.rows]
+            events.append(("sent", *names))
+            done = SimpleNamespace(synchronize=lambda: events.append(("waited", *names)))
+            return [replace(flight, done=done) for flight in flights]
+
+    events: list[tuple[str, ...]] = []
+    paths = [write_windows(tmp_path / f"{i}.parquet", random_windows([50] * 2)) for i in range(3)]
+    scorer = Device(Sums(), model=str(model), device="cpu")
+    with Prefetched(scorer._prepare_files(paths), 100, nullcontext) as prefetched:
+        time.sleep(0.5)  # all is laid out
+        shards = [item for item in scorer._run(prefetched, prefetched.ready) if isinstance(item, Shard)]
+    assert [shard.path for shard in shards] == paths
+    order = [("sent", "d0:0")]
+    for window in ("d1:0", "d0:0", "d1:0", "d0:0", "d1:0"):
+        order += [("sent", window), ("waited", "d0:0" if window == "d1:0" else "d1:0")]
+    assert events == [*order, ("waited", "d1:0")]
 
 
 class TestPrefetched:

@@ -155,14 +155,7 @@ class Scorer:
         Yields:
             Each file and its scores, in the file's order.
         """
-
-        def stream() -> Iterator[Batch | Row | Shard]:
-            for path in windows:
-                shard = Shard(path)
-                yield from self._prepare(shard.keep(read_rows(path)))
-                yield shard
-
-        with Prefetched(stream(), _AHEAD, self._on_device) as prefetched:
+        with Prefetched(self._prepare_files(windows), _AHEAD, self._on_device) as prefetched:
             for item in self._run(prefetched, prefetched.ready):
                 if isinstance(item, Shard):
                     yield item.path, self._table(item.rows)
@@ -247,6 +240,12 @@ class Scorer:
             table.append(row.keys | state | ({} if isinstance(result, ModelError) else result))
         return pa.Table.from_pylist(table, schema=self.schema())
 
+    def _prepare_files(self, windows: Iterable[Path]) -> Iterator[Batch | Row | Shard]:
+        for path in windows:
+            shard = Shard(path)
+            yield from self._prepare(shard.keep(read_rows(path)))
+            yield shard
+
     def _prepare(self, rows: Iterable[Row]) -> Iterator[Batch | Row]:
         """Batches of the windows that can be measured, and the rows of those that cannot."""
         refused: deque[Row] = deque()
@@ -291,6 +290,9 @@ class Scorer:
         def waits(flights: list[_Flight]) -> bool:
             return any(flight.done is not None for flight in flights)
 
+        def batches_under_way() -> int:
+            return sum(waits(flights) for _, flights in under_way)
+
         def landed() -> T:
             item, flights = under_way.popleft()
             for flight in flights:
@@ -298,7 +300,8 @@ class Scorer:
             return item
 
         while True:
-            while under_way and (len(under_way) > 1 or not waits(under_way[0][1]) or not ready()):
+            # Ends of shards do not count: they must not make the host wait for the batch before them.
+            while under_way and (batches_under_way() > 1 or not waits(under_way[0][1]) or not ready()):
                 yield landed()
             item = next(stream, None)
             if item is None:
