@@ -87,6 +87,33 @@ def test_rope_of_every_kind_is_that_of_the_model(rope: str, dtype: torch.dtype, 
     assert_alike(folder, 1025, dtype, kernel=True)
 
 
+@pytest.mark.skipif(not hasattr(transformers, "Ministral3Config"), reason="a newer model than this transformers")
+@pytest.mark.parametrize("limit", [4096, 1024], ids=["known-at-load", "only-in-longer-windows"])
+def test_queries_that_grow_with_the_position_are_not_taken_for_turned_ones(limit: int, tmp_path: Path) -> None:
+    # From position 2048 on, the layer makes its queries larger.
+    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
+    config = transformers.Ministral3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=limit,
+        rope_parameters=rope | {"original_max_position_embeddings": 2048},
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    calculator, ids = load(str(tmp_path)), windows(3000)
+    assert calculator.queries_keys(ids[:, :2048]).q.isfinite().all()
+    if limit == 1024:
+        with pytest.raises(UnsupportedModel, match="with the positions of windows of 3000 tokens"):
+            calculator.queries_keys(ids)
+    else:
+        assert calculator.describe()["look_up"] == "model"
+        assert torch.equal(calculator.queries_keys(ids).q, load_plain(str(tmp_path)).queries_keys(ids).q)
+
+
 def test_a_layer_that_does_not_use_its_positions_is_not_turned() -> None:
     ids = torch.randint(8192, (1, 600), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     ids[0, 300:] = ids[0, :300]  # the same tokens in other places

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,11 +37,12 @@ from longsift.calculators.interface import (
     choose_dtype,
     described,
     keep_layers,
+    observed,
     read_config,
     run,
 )
 from longsift.calculators.positions import Turns, read_turns, remember_state, unturned
-from longsift.calculators.turned import TurnedTables, kernel_applies
+from longsift.calculators.turned import Layer, TurnedTables, kernel_applies
 from longsift.errors import ModelError, UnsupportedModel
 
 # Rows of one table computation. A matrix library chooses its kernel by the number of rows, and with some (MKL on AVX2)
@@ -54,6 +55,9 @@ BLOCK = 1024
 # Tables of the whole vocabulary are kept up to this size; larger ones are computed anew in each call, for the
 # distinct tokens of that call. Llama-3.1-8B takes 2.6 GB in float32, as much as its embedding.
 TABLE_BYTES = 4 * 2**30
+
+# Windows of up to so many tokens, or the model's own limit, are checked at load; longer ones when they come.
+LONGEST_CHECK = 1 << 17
 
 # `FirstLayer.shares` cuts the heads of long windows so that their queries take no more than this.
 QUERY_BYTES = 2 * 2**30
@@ -102,8 +106,8 @@ class FirstLayer:
         self._heads, self.kv_heads, self._head_dim = plain.q.shape[1], plain.k.shape[1], plain.q.shape[-1]
         self._scale, self._softcap = plain.scale, plain.softcap
         if fits and kernel_applies(device):
-            turned = self._make_turned()
-            if turned.follows(ids, plain):
+            turned = self._make_turned(ids, [projection.taken() for projection in self._projections])
+            if turned.follows((BLOCK, max(BLOCK, min(self.max_length or LONGEST_CHECK, LONGEST_CHECK)))):
                 self._turned = turned
                 _place(network, {}, device)  # the weights have done their part
                 network.requires_grad_(False)
@@ -221,8 +225,7 @@ class FirstLayer:
 
     def _look_up(self, input_ids: torch.Tensor) -> LayerAttention:
         tables, rows = self._tables_for(input_ids)
-        blanks = [entrance.blank(input_ids) for entrance in self._entrances]
-        with self._answers(blanks + [nn.functional.embedding(rows, table) for table in tables]):
+        with self._answers(self._blanks(input_ids) + [nn.functional.embedding(rows, table) for table in tables]):
             return self._plain(input_ids).attention
 
     @contextmanager
@@ -278,8 +281,8 @@ class FirstLayer:
                     "model, or --method ladm, which runs the whole model."
                 )
 
-    def _make_turned(self) -> TurnedTables:
-        """Tables of the whole vocabulary for the kernel, in blocks as above."""
+    def _make_turned(self, sample: torch.Tensor, projected: list[torch.Tensor]) -> TurnedTables:
+        """Tables of the whole vocabulary for the kernel, in blocks as above, to be checked on a projected sample."""
         q, k = (
             torch.empty(self.vocab_size, heads, self._head_dim, dtype=self._dtype, device=self.device)
             for heads in (self._heads, self.kv_heads)
@@ -290,14 +293,24 @@ class FirstLayer:
                 made = self._plain_block(torch.arange(start, stop, device=self.device))
                 q[start:stop] = made.q[0, :, : stop - start].transpose(0, 1)
                 k[start:stop] = made.k[0, :, : stop - start].transpose(0, 1)
-        return TurnedTables(q, k, self._read_turns)
 
-    def _read_turns(self, length: int) -> Turns | None:
-        self._restore()
-        ids = torch.zeros((), dtype=torch.int64, device=self.device).expand(1, length)
-        slides = self._window is not None and self._window < length
-        with self._answers([entrance.blank(ids) for entrance in self._entrances]):
-            return read_turns(self._attention, lambda: run(self._network, ids, _never), length, masked=slides)
+        def turns(length: int) -> Turns | None:
+            self._restore()
+            ids = torch.zeros((), dtype=torch.int64, device=self.device).expand(1, length)
+            slides = self._window is not None and self._window < length
+            with self._answers(self._blanks(ids)):
+                return read_turns(self._attention, lambda: run(self._network, ids, _never), length, masked=slides)
+
+        def at(start: int) -> LayerAttention:
+            self._restore()
+            positions = torch.arange(start, start + sample.shape[1], device=self.device)
+            with self._answers(self._blanks(sample) + projected):
+                return _observe(self._network, sample, positions).attention
+
+        return TurnedTables(q, k, Layer(turns, sample, at))
+
+    def _blanks(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+        return [entrance.blank(input_ids) for entrance in self._entrances]
 
 
 class _Stage(nn.Module):
@@ -344,14 +357,22 @@ class _Trace:
     attention: str  # name of the module that calls the attention
 
 
-def _observe(network: nn.Module, input_ids: torch.Tensor) -> Seen:
+def _observe(network: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> Seen:
+    """The first layer's attention in a forward over whole windows, which ends there.
+
+    Args:
+        positions: (length,) of the tokens; by default 0, 1, ….
+    """
     calls: list[Seen] = []
 
     def observer(seen: Seen) -> torch.Tensor:
         calls.append(seen)
         raise Enough
 
-    run(network, input_ids, observer)
+    # Models read their positions under either name.
+    elsewhere = {} if positions is None else {"position_ids": positions[None], "cache_position": positions}
+    with observed(observer), suppress(Enough):
+        network(input_ids=input_ids, use_cache=False, **elsewhere)
     if not calls or calls[0].attention.layer != 0:
         raise UnsupportedModel("The model's first layer has no attention that can be observed. Use another model.")
     return calls[0]
