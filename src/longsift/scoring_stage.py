@@ -135,20 +135,21 @@ class ScoreStage:
             self._engine.submit(windows)
 
     def _score_rest(self, tokens: int) -> Facts:
-        files = parquet_files(self._folder.windows)
+        left = [path for path in parquet_files(self._folder.windows) if path.stem not in self._done]
         chosen = devices(self._options)
+        if self._engine is None:
+            chosen = chosen[: max(1, len(left))]
         where = f" on {len(chosen)} {'processes' if chosen[0] == 'cpu' else 'GPUs'}" if len(chosen) > 1 else ""
         with Progress(f"scores{where}", tokens, "tokens", done=self._tokens, quiet=self._quiet) as self._progress:
             if self._engine is not None or len(chosen) > 1:
                 engine = self._engine or self._start(chosen)
-                for path in files:
+                for path in left:
                     self._submit(path)
                 return engine.finish()
             from longsift.scoring import Scorer
 
             scorer = Scorer.from_options(self._model, self._options)
             self._start_clock()
-            left = [path for path in files if path.stem not in self._done]
             for shard in score_files(scorer, left, self._folder.scores, self._advance):
                 self._record(shard)
             return facts_of(scorer)
