@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longsift.attention import far_statistics, span_focus
+from longsift.attention import attention_and_focus, far_statistics, span_focus
 
 BACKENDS = ["cpu"]
 RELATIVE = 1e-5
@@ -289,7 +289,7 @@ def test_an_error_in_a_block_reaches_the_caller(monkeypatch: pytest.MonkeyPatch)
 
 MEMORY_PROGRAM = """
 import sys, torch
-from longsift.attention import causal_attention, far_statistics, span_focus
+from longsift.attention import attention_and_focus, causal_attention, far_statistics, span_focus
 
 measures = {
     "far_statistics": lambda q, k: far_statistics(q, k, q.shape[2] // 4),
@@ -317,3 +317,15 @@ def test_memory_stays_far_under_one_map(name: str) -> None:
     growth = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 1024
     one_map = 2 * 8192 * 8192 * 4
     assert growth < one_map / 5, f"{growth / 2**20:.0f} MiB"
+
+
+def test_the_mean_over_heads_is_the_same_from_a_few_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = queries_and_keys(6, 3, 300, 16, batch=2)
+    v = k.clone()
+    at_once = span_focus(q, k, 32, average_heads=True)
+    out, focus = attention_and_focus(q, k, v, 32, scale=0.25, average_heads=True)
+    monkeypatch.setattr("longsift.attention.FOCUS_BYTES", 1)
+    torch.testing.assert_close(span_focus(q, k, 32, average_heads=True), at_once)
+    again, few = attention_and_focus(q, k, v, 32, scale=0.25, average_heads=True)
+    torch.testing.assert_close(few, focus)
+    assert torch.equal(again, out)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
@@ -34,6 +34,8 @@ __all__ = [
     "far_statistics",
     "span_focus",
 ]
+
+FOCUS_BYTES = 1 << 30  # of the focus of single heads that only their mean is wanted of
 
 Backend = Literal["auto", "cpu", "triton", "reference"]
 Denominator = Literal["prior", "causal"]
@@ -107,9 +109,10 @@ def far_statistics(
     mass, squares = _module(backend, q).far_rows(
         q.detach(), k.detach(), distance, rows=rows, skip=skip, scale=_scale(q, scale), softcap=softcap
     )
-    strength = mass.double().mean(-1)
+    # A window at a time: how a GPU splits a sum over its processors depends on how many sums there are.
+    strength, mean_squares = (torch.stack([window.double().mean(-1) for window in x]) for x in (mass, squares))
     entries = length * length
-    variance = (squares.double().mean(-1) * length - strength.square()) / (entries - 1)
+    variance = (mean_squares * length - strength.square()) / (entries - 1)
     return FarStatistics(strength, variance, mass, squares)
 
 
@@ -153,16 +156,22 @@ def span_focus(
         ValueError: shapes, dtypes, names or indices that do not fit together.
     """
     chosen = _check_spans(q, k, span, softcap, denominator, query_spans)
-    focus: Tensor = _module(backend, q).span_focus(
-        q.detach(),
-        k.detach(),
-        span,
-        scale=_scale(q, scale),
-        softcap=softcap,
-        denominator=denominator,
-        query_spans=chosen,
-    )
-    return focus.mean(1) if average_heads else focus
+    q, k = q.detach(), k.detach()
+    module, factor = _module(backend, q), _scale(q, scale)
+
+    def measure(of: slice, of_kv: slice) -> Tensor:
+        focus: Tensor = module.span_focus(
+            q[:, of],
+            k[:, of_kv],
+            span,
+            scale=factor,
+            softcap=softcap,
+            denominator=denominator,
+            query_spans=chosen,
+        )
+        return focus
+
+    return _focus_of_heads(measure, q, k, len(chosen), average_heads)
 
 
 def chosen_backend(q: Tensor) -> tuple[Backend, str | None]:
@@ -211,17 +220,22 @@ def attention_and_focus(
             backend=backend,
         )
         return causal_attention(q, k, v, scale=scale, softcap=softcap), focus
-    length = q.shape[2]
     chosen = _check_spans(q, k, span, softcap, denominator, query_spans)
-    out, focus = module.attend_and_focus(
-        q.detach(), k.detach(), v.detach(), span, scale=scale, softcap=softcap, denominator=denominator
-    )
+    q, k, v = q.detach(), k.detach(), v.detach()
+    batch, heads, length, _ = q.shape
+    # As the projection after it wants it: the heads of a token side by side
+    out = torch.empty(batch, length, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
     if lead := length % span:  # queries before the first span
         first = (x[:, :, :lead] for x in (q, k, v))
         out[:, :, :lead] = causal_attention(*first, scale=scale, softcap=softcap)
-    if chosen != range(length // span):
-        focus = _rows_of(focus, chosen)
-    return out, focus.mean(1) if average_heads else focus
+
+    def measure(of: slice, of_kv: slice) -> Tensor:
+        focus: Tensor = module.attend_and_focus(
+            q[:, of], k[:, of_kv], v[:, of_kv], span, out[:, of], scale=scale, softcap=softcap, denominator=denominator
+        )
+        return focus if chosen == range(length // span) else _rows_of(focus, chosen)
+
+    return out, _focus_of_heads(measure, q, k, length // span, average_heads)
 
 
 def _module(backend: str, q: Tensor) -> ModuleType:
@@ -266,6 +280,24 @@ def _check_spans(
     if outside or not chosen:
         raise ValueError(f"query_spans must name at least one of the spans 0..{n_spans - 1}; got {outside or 'none'}")
     return chosen
+
+
+def _focus_of_heads(
+    measure: Callable[[slice, slice], Tensor], q: Tensor, k: Tensor, query_spans: int, average: bool
+) -> Tensor:
+    """The focus of all heads, or its mean over them, for which a few at a time are held where they are large."""
+    batch, heads = q.shape[:2]
+    group, kv_heads = heads // k.shape[1], k.shape[1]
+    if not average:
+        return measure(slice(heads), slice(kv_heads))
+    of_a_kv_head = batch * group * query_spans * query_spans * 4
+    step = min(max(FOCUS_BYTES // of_a_kv_head, 1), kv_heads)
+    if step == kv_heads:
+        return measure(slice(heads), slice(kv_heads)).mean(1)
+    parts = (slice(first, min(first + step, kv_heads)) for first in range(0, kv_heads, step))
+    total = sum(measure(slice(of.start * group, of.stop * group), of).sum(1) for of in parts)
+    assert isinstance(total, Tensor)
+    return total / heads
 
 
 def _rows_of(focus: Tensor, spans: Sequence[int]) -> Tensor:

@@ -21,7 +21,8 @@ LARGEST_HEAD_DIM = 256
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_PRODUCT = 16  # the least side of a tile that tensor cores take
 FUSED_SPAN = 128  # the span of LADM, and of a calibration
-SCRATCH_BYTES = 1 << 29  # of the masses by row of a launch
+SCRATCH_BYTES = 1 << 29  # of the masses by row of a launch,
+LEAST_PROGRAMS = 512  # but not for fewer than these
 
 
 def refusal(q: Tensor) -> str | None:
@@ -105,7 +106,7 @@ def span_focus(
     parts = torch.empty(batch, heads, len(query_spans), pieces, n_spans, pieces, dtype=torch.float32, device=q.device)
     work, first_span, step = _order(query_spans, q.device)
     of_a_span = batch * heads * pieces
-    at_once = max(SCRATCH_BYTES // (of_a_span * n_spans * pieces * rows * 4), 1)
+    at_once = _spans_at_once(of_a_span, n_spans * pieces * rows)
     scratch = torch.empty(
         min(at_once, len(query_spans)) * of_a_span, n_spans * pieces, rows, dtype=torch.float32, device=q.device
     )
@@ -154,12 +155,13 @@ def attend_and_focus(
     k: Tensor,
     v: Tensor,
     span: int,
+    out: Tensor,
     *,
     scale: float,
     softcap: float | None = None,
     denominator: str = "prior",
-) -> tuple[Tensor, Tensor]:
-    """Attention output and mass between all spans; see `longsift.attention.attend_and_focus`.
+) -> Tensor:
+    """Attention output, into `out`, and the mass between all spans; see `longsift.attention.attention_and_focus`.
 
     The queries before the first span have no row in the mass, and their output is left to the caller.
     """
@@ -167,10 +169,8 @@ def attend_and_focus(
     q, k, v = _addressable(q), _addressable(k), _addressable(v)
     n_spans = length // span
     shape = _fused_shape(q)
-    # As the projection after it wants it: the heads of a token side by side
-    out = torch.empty(batch, length, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
     focus = torch.empty(batch, heads, n_spans, n_spans, dtype=torch.float32, device=q.device)
-    at_once = max(SCRATCH_BYTES // (batch * heads * n_spans * span * 4), 1)
+    at_once = _spans_at_once(batch * heads, n_spans * span)
     scratch = torch.empty(min(at_once, n_spans) * batch * heads, n_spans, span, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         for first in range(0, n_spans, at_once):
@@ -204,7 +204,12 @@ def attend_and_focus(
                 num_stages=shape.stages,
                 **_register_limit(shape),
             )
-    return out, focus
+    return focus
+
+
+def _spans_at_once(programs: int, masses: int) -> int:
+    """Query spans of a launch, each of so many programs, which keep so many masses each: enough to fill a GPU."""
+    return max(SCRATCH_BYTES // (programs * masses * 4), triton.cdiv(LEAST_PROGRAMS, programs))
 
 
 def _order(query_spans: Sequence[int], device: torch.device) -> tuple[Tensor | None, int, int]:
@@ -238,7 +243,7 @@ def _far_shape(q: Tensor) -> _Shape:
         return _Shape(32, 32, 4, 1) if q.shape[3] > 128 else _Shape(64, 64, 4, 1)
     if q.shape[3] > 128:
         return _Shape(64, 64, 4, 2)
-    return _Shape(128, 64, 8, 3, 128) if q.shape[3] > 64 else _Shape(128, 128, 8, 3, 128)
+    return _Shape(128, 64, 8, 5, 128) if q.shape[3] > 64 else _Shape(128, 128, 8, 3, 128)
 
 
 def _focus_shape(q: Tensor) -> _Shape:
