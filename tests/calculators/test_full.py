@@ -167,6 +167,20 @@ def test_a_reduction_that_fails_leaves_the_model_usable(checkpoint: Callable[[st
     assert list(model.reduce(windows(), keep)) == [0, 1, 2]
 
 
+def test_rope_that_grows_with_the_window_forgets_the_windows_before(tmp_path: Path) -> None:
+    grows = {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    folder = str(make_checkpoint(tmp_path / "dynamic", "llama", **grows))
+    ids = torch.randint(160, (1, 300), generator=torch.Generator().manual_seed(0))
+
+    def queries(model: FullModel, length: int) -> torch.Tensor:
+        return model.reduce(ids[:, :length], lambda layer: layer.q.clone())[1]
+
+    fresh, used = FullModel.load(folder), FullModel.load(folder)
+    longest = queries(used, 300)
+    assert torch.equal(queries(used, 100), queries(fresh, 100))
+    assert torch.equal(queries(used, 300), longest)
+
+
 def test_the_language_model_within_a_larger_model_is_found(tmp_path: Path) -> None:
     text = make_config("gemma3", layer_types=["full_attention", "sliding_attention"])
     vision = transformers.SiglipVisionConfig(

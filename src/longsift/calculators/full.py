@@ -28,6 +28,7 @@ from longsift.calculators.interface import (
     run,
 )
 from longsift.calculators.lean import make_lean
+from longsift.calculators.positions import remember_state
 from longsift.calculators.recorded import Recorder
 from longsift.errors import ModelError, UnsupportedModel, UsageError
 
@@ -58,6 +59,7 @@ class FullModel:
         self._network, self._config, self._location, self._device = network, config, location, device
         self._recorder = Recorder(device) if device.type == "cuda" else None
         self._layers, self._rope_theta, self._fused = layers, rope_theta, list(fused)
+        self._restore = remember_state(network)  # what a window gives must not depend on those before it
         probe: dict[int, Seen] = {}
 
         def look(seen: Seen) -> torch.Tensor:
@@ -186,6 +188,7 @@ class FullModel:
                     raise Enough
             return attention_output(seen)
 
+        self._restore()
         run(self._network, ids, observer)
         return results
 
