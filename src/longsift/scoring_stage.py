@@ -139,7 +139,8 @@ class ScoreStage:
         chosen = devices(self._options)
         if self._engine is None:
             chosen = chosen[: max(1, len(left))]
-        where = f" on {len(chosen)} {'processes' if chosen[0] == 'cpu' else 'GPUs'}" if len(chosen) > 1 else ""
+        processes, gpus = len(chosen), len(set(chosen))  # those on a CPU share one
+        where = f" on {gpus} GPUs" if gpus > 1 else f" in {processes} processes" if processes > 1 else ""
         with Progress(f"scores{where}", tokens, "tokens", done=self._tokens, quiet=self._quiet) as self._progress:
             if self._engine is not None or len(chosen) > 1:
                 engine = self._engine or self._start(chosen)
