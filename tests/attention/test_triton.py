@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 from longsift.attention import attention_and_focus, far_statistics, reference, span_focus  # noqa: E402
+from longsift.attention import triton as kernels  # noqa: E402
 
 # A fast exponential is right to a few units in the last place, and its exponent, of some tens, to as many.
 RELATIVE = 2e-5
@@ -297,3 +298,17 @@ def test_addresses_beyond_two_to_the_31_are_right() -> None:
         spread[0, head] = q[0, head]
     assert torch.equal(span_focus(spread, k, 64, backend="triton"), span_focus(q, k, 64, backend="triton"))
     assert torch.equal(span_focus(k, spread, 64, backend="triton"), span_focus(k, q, 64, backend="triton"))
+
+
+@pytest.mark.parametrize("kibibytes", [227, 163, 99, 64])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_programs_are_cut_to_the_shared_memory_of_the_gpu(
+    dtype: torch.dtype, head_dim: int, kibibytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_shared_memory", lambda _: kibibytes << 10)
+    q, k = queries_and_keys(1, 1, 140, head_dim, dtype)
+    for shape in (kernels._far_shape(q), kernels._focus_shape(q)):
+        assert (shape.rows + shape.stages * shape.tile) * head_dim * q.element_size() <= kibibytes << 10
+    assert_far_exact(q, k, 35)
+    assert_exact(q, k, 64)

@@ -5,6 +5,7 @@ The bits depend neither on the run nor on what else is in the batch. See `longsi
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_PRODUCT = 16  # the least side of a tile that tensor cores take
 FUSED_SPAN = 128  # the span of LADM, and of a calibration
 SCRATCH_BYTES = 1 << 29  # of the masses by row of a launch,
+SMALLEST_TILE = 32
+SHARED_BYTES = 2 << 10  # of sums between threads
+FUSED_BYTES, FUSED_BYTES_WIDE = 97 << 10, 162 << 10  # shared memory that a program of `attend_and_focus` takes
 LEAST_PROGRAMS = 512  # but not for fewer than these
 
 
@@ -31,6 +35,9 @@ def refusal(q: Tensor) -> str | None:
         return f"needs tensors on a GPU; got {q.device}"
     if q.dtype not in SUPPORTED_DTYPES:
         return f"takes float16, bfloat16 and float32; got {q.dtype}"
+    nvidia = q.is_cuda and torch.version.cuda is not None
+    if nvidia and q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "takes bfloat16 from compute capability 8.0 on; --dtype float16 works before"
     if q.shape[3] > LARGEST_HEAD_DIM:
         return f"takes head_dim up to {LARGEST_HEAD_DIM}; got {q.shape[3]}"
     return None
@@ -209,7 +216,7 @@ def attend_and_focus(
 
 def _spans_at_once(programs: int, masses: int) -> int:
     """Query spans of a launch, each of so many programs, which keep so many masses each: enough to fill a GPU."""
-    return max(SCRATCH_BYTES // (programs * masses * 4), triton.cdiv(LEAST_PROGRAMS, programs))
+    return max(SCRATCH_BYTES // (programs * masses * 4), -(-LEAST_PROGRAMS // programs))
 
 
 def _order(query_spans: Sequence[int], device: torch.device) -> tuple[Tensor | None, int, int]:
@@ -236,29 +243,56 @@ class _Shape(NamedTuple):
     registers: int | None = None  # of a thread at most; fewer let two programs share a multiprocessor
 
 
-# Two programs on a multiprocessor: one is exponentiated while the other is multiplied. Measured on an H100, see
-# docs/performance.md.
+# Measured on an H100 (docs/performance.md). Two programs share a multiprocessor: the tile of one is exponentiated while
+# that of the other is multiplied.
 def _far_shape(q: Tensor) -> _Shape:
     if q.dtype == torch.float32:
-        return _Shape(32, 32, 4, 1) if q.shape[3] > 128 else _Shape(64, 64, 4, 1)
+        return _fitting(_Shape(32, 32, 4, 1) if q.shape[3] > 128 else _Shape(64, 64, 4, 1), q)
     if q.shape[3] > 128:
-        return _Shape(64, 64, 4, 2)
-    return _Shape(128, 64, 8, 5, 128) if q.shape[3] > 64 else _Shape(128, 128, 8, 3, 128)
+        return _fitting(_Shape(64, 64, 4, 2), q)
+    return _fitting(_Shape(128, 64, 8, 5, 128) if q.shape[3] > 64 else _Shape(128, 128, 8, 3, 128), q)
 
 
 def _focus_shape(q: Tensor) -> _Shape:
     if q.dtype == torch.float32 or q.shape[3] > 128:
         return _far_shape(q)
-    return _Shape(128, 128, 8, 2 if q.shape[3] > 64 else 3, 128)  # a span is not cut
+    return _fitting(_Shape(128, 128, 8, 2 if q.shape[3] > 64 else 3, 128), q)  # a span is not cut
 
 
 def fuses(q: Tensor, v: Tensor, span: int) -> bool:
     """Whether `attend_and_focus` takes these, and is faster than the output and the mass one after the other."""
-    return span == FUSED_SPAN and q.dtype != torch.float32 and max(q.shape[3], v.shape[3]) <= 128
+    wide = max(q.shape[3], v.shape[3])
+    if span != FUSED_SPAN or q.dtype == torch.float32 or wide > 128:
+        return False
+    return _shared_memory(q.device) >= (FUSED_BYTES if wide <= 64 else FUSED_BYTES_WIDE)
 
 
 def _fused_shape(q: Tensor) -> _Shape:
     return _Shape(FUSED_SPAN, 128, 8, 2) if q.shape[3] > 64 else _Shape(FUSED_SPAN, 64, 8, 2, 128)
+
+
+def _fitting(shape: _Shape, q: Tensor) -> _Shape:
+    """`shape`, or a smaller one whose queries and tiles of keys fit a processor's shared memory."""
+    room = _shared_memory(q.device) - SHARED_BYTES
+    row = _padded(q.shape[3]) * q.element_size()
+    while (shape.rows + shape.stages * shape.tile) * row > room:
+        if shape.stages > 2:
+            shape = shape._replace(stages=shape.stages - 1)
+        elif shape.tile > SMALLEST_TILE:
+            shape = shape._replace(rows=max(shape.rows // 2, SMALLEST_TILE), tile=shape.tile // 2)
+        else:
+            break
+    return shape
+
+
+@functools.lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have of a processor's shared memory; an H100's in the interpreter."""
+    if device.type == "cpu":
+        return 227 << 10
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def _register_limit(shape: _Shape) -> dict[str, int]:
