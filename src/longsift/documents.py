@@ -1,7 +1,9 @@
 """Reading documents: JSON lines, Parquet and Hugging Face datasets, on any file system that fsspec knows.
 
 One row of a source becomes one `Document` or one `BadRow`: no row is dropped in silence, and a bad row never
-takes a good one with it. Memory holds one line, a few Parquet rows or one Arrow record batch.
+takes a good one with it. Memory holds one line, a few Parquet rows or one Arrow record batch. What the storage
+does wrong (a file that is gone, forbidden, or no longer what was listed) is no bad row but an `InputError`: the
+file is to be read again.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from longsift.errors import InputError
-from longsift.sources import Source, find_sources
+from longsift.sources import Source, cause, failure, find_sources
 
 __all__ = ["BadRow", "Document", "ReadOptions", "Source", "excerpt", "find_sources", "read_documents"]
 
@@ -46,14 +48,15 @@ class ReadOptions:
         id_key: column of the id, a string or an integer.
         group_by: column of the group; None takes `source` where it is a string, and else the group "all".
         tab_ids: JSON lines are `id<TAB>{json}`.
-        max_document_bytes: longer lines are bad rows, skipped without being held in memory.
+        max_document_bytes: longer rows are bad rows; lines are skipped without being held in memory. A line takes
+            about 20 times its bytes while it is parsed and tokenised.
     """
 
     text_key: str = "text"
     id_key: str = "id"
     group_by: str | None = None
     tab_ids: bool = False
-    max_document_bytes: int = 1 << 30
+    max_document_bytes: int = 1 << 25
 
 
 @dataclass(slots=True)
@@ -121,15 +124,18 @@ def read_documents(
         a file (a truncated stream, a corrupt row group) gives one `BadRow`, after all rows before it.
 
     Raises:
-        InputError: the file cannot be opened, or the storage fails while it is read.
+        InputError: the file cannot be opened, the storage fails while it is read, or it gives fewer or more bytes
+            than it had when it was found.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(source.url)
+        fs, path = fsspec.core.url_to_fs(source.address)
         raw = fs.open(path, "rb")
     except Exception as error:  # each file system has its own exceptions
-        raise InputError(f"cannot open {source.url}: {type(error).__name__}: {error}") from error
+        raise InputError(f"cannot open {source.url}: {failure(error, source.address)}") from cause(
+            error, source.address
+        )
     with raw:
-        file = _CountedFile(raw, source.url, on_bytes or (lambda count: None))
+        file = _CountedFile(raw, source, on_bytes or (lambda count: None))
         read = {"parquet": _parquet_rows, "arrow": _arrow_rows}.get(source.format, _json_rows)
         yield from read(file, source, options)
 
@@ -139,17 +145,30 @@ class _CountedFile:
 
     closed = False
 
-    def __init__(self, raw: BinaryIO, url: str, on_bytes: Callable[[int], None]) -> None:
-        self._raw, self._url, self._on_bytes = raw, url, on_bytes
+    def __init__(self, raw: BinaryIO, source: Source, on_bytes: Callable[[int], None]) -> None:
+        self._raw, self._source, self._on_bytes = raw, source, on_bytes
         self.seek, self.tell = raw.seek, raw.tell
 
     def read(self, size: int = -1) -> bytes:
         try:
             data = self._raw.read(size)
         except Exception as error:  # each file system has its own exceptions
-            raise InputError(f"reading {self._url} failed: {type(error).__name__}: {error}") from error
+            what = failure(error, self._source.address)
+            raise InputError(f"reading {self._source.url} failed: {what}") from cause(error, self._source.address)
         self._on_bytes(len(data))
         return data
+
+    def chunks(self) -> Iterator[bytes]:
+        """All of it, from here to its end, which has to be where it was when the file was found."""
+        size = 0
+        while chunk := self.read(_READ_BYTES):
+            size += len(chunk)
+            yield chunk
+        if size != self._source.size:
+            raise InputError(
+                f"{self._source.url} changed: it had {self._source.size:,} bytes when the run began, and {size:,} "
+                "when it was read. Run again with --overwrite once it is whole."
+            )
 
     def readable(self) -> bool:
         return True
@@ -175,7 +194,7 @@ class _Decompressor(Protocol):
 
 
 def _json_rows(file: _CountedFile, source: Source, options: ReadOptions) -> Iterator[Document | BadRow]:
-    chunks: Iterator[bytes] = iter(lambda: file.read(_READ_BYTES), b"")
+    chunks = file.chunks()
     if source.format == "jsonl.gz":
         # Zero bytes may pad a gzip file (RFC 1952 readers accept them).
         chunks = _decompressed(chunks, lambda: zlib.decompressobj(wbits=31), "gzip", padding=b"\0")
@@ -189,7 +208,7 @@ def _json_rows(file: _CountedFile, source: Source, options: ReadOptions) -> Iter
             if row == 0:
                 line = line.removeprefix(_BOM)
             if not whole:
-                yield BadRow(source.url, row, "line longer than max_document_bytes", excerpt(line))
+                yield BadRow(source.url, row, _too_long(options), excerpt(line))
             elif line and not line.isspace():
                 try:
                     yield _document(_json_object(line, options), source, row, options)
@@ -315,9 +334,12 @@ def _arrow_rows(file: _CountedFile, source: Source, options: ReadOptions) -> Ite
 
 
 def _batch_rows(batch: pa.RecordBatch, first: int, source: Source, options: ReadOptions) -> Iterator[Document | BadRow]:
+    large = batch.nbytes > options.max_document_bytes
     for index in range(batch.num_rows):
         row: dict[str, Any] = {}
         try:
+            if large and batch.slice(index, 1).nbytes > options.max_document_bytes:
+                raise _Reject(_too_long(options))
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 row[name] = _python_value(name, column[index])
             yield _document(row, source, first + index, options)
@@ -367,6 +389,10 @@ def _document(row: dict[str, Any], source: Source, number: int, options: ReadOpt
         file=source.url,
         row=number,
     )
+
+
+def _too_long(options: ReadOptions) -> str:
+    return f"longer than {options.max_document_bytes:,} bytes"
 
 
 def _missing(what: str, key: str) -> str:

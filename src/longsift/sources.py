@@ -6,9 +6,11 @@ import glob
 import json
 import os
 import posixpath
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -37,12 +39,13 @@ class Source:
     """One file of documents.
 
     Attributes:
-        url: what fsspec opens: an absolute local path, or `s3://…`, `hf://…`.
+        url: an absolute local path, or `s3://…`, `hf://…`, `https://…` without the secrets that were given in it.
         name: the path below the folder that all sources share, without its ending where it is unique so; ids
             of rows that have none begin with it.
         format: a value of `FORMATS`.
         size: bytes of the file.
         version: what the file system says of its content (an ETag, a time of change); "" where it says nothing.
+        address: what fsspec opens: the url, with its secrets. Not for messages, tables or manifests.
     """
 
     url: str
@@ -50,6 +53,10 @@ class Source:
     format: str
     size: int
     version: str = ""
+    address: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "address", self.address or self.url)
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
@@ -68,35 +75,75 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
         found = _find(given)
         if not found:
             raise InputError(
-                f"no documents in {given!r}: longsift reads files that end in {_ENDINGS}. "
+                f"no documents in {_public(given)!r}: longsift reads files that end in {_ENDINGS}. "
                 "Check the path, or quote a glob so that the shell leaves it alone"
             )
         found_files.update(found)
-    names = _names(sorted(found_files))
-    return [Source(url, names[url], FORMATS[_ending(url)], *found_files[url]) for url in sorted(found_files)]
+    addresses = {_public(address): address for address in found_files}
+    if len(addresses) < len(found_files):
+        raise InputError("two inputs are the same but for their query or password: give one of them")
+    names = _names(sorted(addresses))
+    return [
+        Source(url, names[url], FORMATS[_ending(url)], *found_files[addresses[url]], addresses[url])
+        for url in sorted(addresses)
+    ]
+
+
+def failure(error: Exception, address: str) -> str:
+    """The kind of an error and what it says, without the secrets of the address that it happened with."""
+    text = f"{type(error).__name__}: {error}"
+    for secret in sorted(_secrets(address), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def cause(error: Exception, address: str) -> Exception | None:
+    """The error for `raise … from`; None where a traceback would show the secrets of the address."""
+    return None if _secrets(address) else error
+
+
+# User and password, as in https://user:password@host, or s3://key:secret@bucket with slashes in the secret; but not
+# what precedes the @ of https://host:8080/a@b, hf://datasets/org/name@revision and abfs://container@account.
+_LOGIN = re.compile(r"(?<=://)(?:[^/@\s:]*:(?!\d+/)[^@\s]*|(?<=http://)[^/@\s]+|(?<=https://)[^/@\s]+)@")
+# Anyone who has a signed link may read what it names.
+_QUERY = re.compile(r"(?<=^http)(s?://[^?]*)\?(.+)", re.DOTALL)
+
+
+def _public(address: str) -> str:
+    """An address without user, password and signature."""
+    return _QUERY.sub(r"\1", _LOGIN.sub("", address))
+
+
+def _secrets(address: str) -> set[str]:
+    login, query = _LOGIN.search(address), _QUERY.search(address)
+    whole = [*([login[0][:-1]] if login else []), *([query[2]] if query else [])]
+    parts = [part for text in whole for part in re.split("[:&/]", text)]  # as a library may tell them
+    values = [part.partition("=")[2] for part in parts]
+    return {form for text in (*whole, *parts, *values) if len(text) > 2 for form in (text, unquote(text))}
 
 
 def _find(given: str) -> dict[str, tuple[int, str]]:
     """Sizes by url of the files that one input names."""
+    shown = repr(_public(given))
     try:
         fs, path = fsspec.core.url_to_fs(given)
         if isinstance(fs, LocalFileSystem):
             path = os.path.abspath(path)  # "a/../b" and "b" are one file
-        if glob.has_magic(path) and not fs.exists(path):
+        if glob.has_magic(_public(path)) and not fs.exists(path):
             return _find_glob(fs, path)
         info = fs.info(path)
         if info["type"] == "directory":
             return _find_folder(fs, info["name"])
     except FileNotFoundError as error:
-        raise InputError(f"{given!r} does not exist: check the path") from error
+        raise InputError(f"{shown} does not exist: check the path") from cause(error, given)
     except ImportError as error:
         if given.startswith(("s3://", "s3a://")):
-            raise InputError(f"reading {given!r} needs s3fs: pip install 'longsift[s3]'") from error
-        raise InputError(f"reading {given!r} needs another package: {error}") from error
+            raise InputError(f"reading {shown} needs s3fs: pip install 'longsift[s3]'") from cause(error, given)
+        raise InputError(f"reading {shown} needs another package: {error}") from cause(error, given)
     except Exception as error:  # each file system has its own exceptions for a refused or failed listing
-        raise InputError(f"cannot list {given!r}: {type(error).__name__}: {error}") from error
-    if not _ending(path):
-        raise InputError(f"cannot tell the format of {given!r}: longsift reads files that end in {_ENDINGS}")
+        raise InputError(f"cannot list {shown}: {failure(error, given)}") from cause(error, given)
+    if not _ending(_public(path)):
+        raise InputError(f"cannot tell the format of {shown}: longsift reads files that end in {_ENDINGS}")
     return {_url(fs, path): _stamp(info)}
 
 
