@@ -151,7 +151,8 @@ class _CountedFile:
 
     def read(self, size: int = -1) -> bytes:
         try:
-            data = self._raw.read(size)
+            # A damaged file may have pyarrow ask for more than it has, or than memory has.
+            data = self._raw.read(min(size, max(self._source.size, 1)))
         except Exception as error:  # each file system has its own exceptions
             what = failure(error, self._source.address)
             raise InputError(f"reading {self._source.url} failed: {what}") from cause(error, self._source.address)
@@ -295,42 +296,61 @@ def _parquet_rows(file: _CountedFile, source: Source, options: ReadOptions) -> I
     try:
         table = pq.ParquetFile(file)
         schema = table.schema_arrow
-    except _ARROW_ERRORS as error:
+        names = schema.names
+    except (*_ARROW_ERRORS, UnicodeDecodeError) as error:
         yield BadRow(source.url, None, "unreadable parquet file", excerpt(str(error)))
         return
     sizes = [table.metadata.row_group(index).num_rows for index in range(table.num_row_groups)]
-    if not ({_column(options.text_key, schema), "input_ids"} & set(schema.names)):
+    if not ({_column(options.text_key, schema), "input_ids"} & set(names)):
         # No need to decode anything to say the same of every row.
-        fault, columns = _missing("text", options.text_key), excerpt("columns: " + ", ".join(schema.names))
+        fault, columns = _missing("text", options.text_key), excerpt("columns: " + ", ".join(names))
         yield from (BadRow(source.url, row, fault, columns) for row in range(sum(sizes)))
         return
     start = 0
     for index, size in enumerate(sizes):
-        row = start
+        row, fault = start, "it ends too early"
         try:
             # Without pyarrow's threads, which would call on_bytes: files are read in parallel by processes.
             for batch in table.iter_batches(_PARQUET_ROWS, row_groups=[index], use_threads=False):
                 yield from _batch_rows(batch, row, source, options)
                 row += batch.num_rows
         except _ARROW_ERRORS as error:
-            lost = f"rows {row} to {start + size - 1} are lost: {error}"
-            yield BadRow(source.url, row, "corrupt parquet row group", excerpt(lost))
+            fault = str(error)
         start += size
+        if row < start:  # with damaged pages, pyarrow may also end without an error
+            lost = f"rows {row} to {start - 1} are lost: {fault}"
+            yield BadRow(source.url, row, "corrupt parquet row group", excerpt(lost))
 
 
 def _arrow_rows(file: _CountedFile, source: Source, options: ReadOptions) -> Iterator[Document | BadRow]:
     try:
         batches = pa.ipc.open_stream(pa.PythonFile(file, mode="r"))
-    except _ARROW_ERRORS as error:
+        _ = batches.schema.names
+    except (*_ARROW_ERRORS, UnicodeDecodeError) as error:
         yield BadRow(source.url, None, "unreadable arrow file", excerpt(str(error)))
         return
     row = 0
     try:
         for batch in batches:
+            _check_batch(batch)
             yield from _batch_rows(batch, row, source, options)
             row += batch.num_rows
     except _ARROW_ERRORS as error:
         yield BadRow(source.url, row, "corrupt arrow stream", excerpt(str(error)))
+
+
+def _check_batch(batch: pa.RecordBatch) -> None:
+    """Refuse offsets that point out of their buffers, which Arrow does not look at and follows wherever they lead.
+
+    Raises:
+        pa.ArrowInvalid: there are some.
+    """
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:  # text that is not UTF-8, perhaps: that is for each row to say
+        binary = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+        for column in batch.columns:
+            column.view(binary.get(column.type, column.type)).validate(full=True)
 
 
 def _batch_rows(batch: pa.RecordBatch, first: int, source: Source, options: ReadOptions) -> Iterator[Document | BadRow]:
