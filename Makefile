@@ -3,6 +3,7 @@
 # make lint   style and types
 # make bench  the benchmarks of a CPU
 # make test-gpu    the tests of a GPU, in a Python that sees one (PYTHON=…)
+# make test-slurm  the tests of Slurm, on one that they start here; needs Debian's slurm-wlm and munge, and root
 # make bench-gpu   the benchmarks of a GPU, in a Python that sees one (PYTHON=…)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,7 +16,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: setup demo test test-gpu lint bench bench-gpu screenshot clean
+.PHONY: setup demo test test-gpu test-slurm lint bench bench-gpu screenshot clean
 setup: .venv/ready
 
 demo: setup
@@ -32,6 +33,9 @@ test: setup
 # Only the files that hold such tests, since others need packages that such a machine may lack.
 test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu $$(grep -rl mark.gpu tests --include='test_*.py' | sort)
+
+test-slurm: setup
+	$(BIN)/pytest -m slurm -rs tests/engines/test_slurm.py
 
 lint: setup
 	$(BIN)/ruff check .
