@@ -211,7 +211,7 @@ def run_program(name: str, flags: Sequence[str], device: str, folder: Path) -> d
     if code != 0 or not out.exists():
         return None
     content = json.loads(out.read_text("utf-8")) | {"seconds": round(seconds, 1)}
-    return {key: value for key, value in content.items() if key != "machine"}
+    return {key: value for key, value in content.items() if key not in ("machine", "command")}
 
 
 def save(results: dict[str, Any], json_file: Path) -> None:

@@ -95,7 +95,7 @@ def _sentences(known: dict[str, dict[str, Any]]) -> str:
     for run in known.values():
         found, facts = gpu.figures(run), run["machine"]
         if "longattn-8b text" in found:
-            rate = f"{found['longattn-8b text']:.1f} M tokens/s"
+            rate = f"{found['longattn-8b text']:.1f} M tokens/s once it runs"
             said.append(f"From text to scores, LongAttn 8B on {facts['cores']} CPU cores and one GPU: {rate}.")
         if "long seconds" in found and "long memory" in found:
             took = f"{found['long seconds']:.1f} s and {found['long memory']:.1f} GiB"
