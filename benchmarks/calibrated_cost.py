@@ -33,29 +33,10 @@ from longsift.calculators.checkpoint import locate
 from longsift.calculators.full import FullModel
 from longsift.methods.calibrated import EMBEDDED, Calibrated, Calibration, Feature, Fit
 from longsift.scoring import Scorer, resolve_device
+from shapes import random_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "calibrated_cost.json"
-SMOLLM2_135M = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "max_position_embeddings": 32768,
-    "rope_theta": 100000.0,
-    "tie_word_embeddings": True,
-}
 SPAN = 128
-
-
-def random_model(folder: Path) -> str:
-    """A checkpoint of SmolLM2-135M's shape with random weights."""
-    config = transformers.LlamaConfig(**SMOLLM2_135M, dtype="bfloat16")
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    return str(folder)
 
 
 def made_up_calibration(model: str, folder: Path, length: int, depth: float, heads: int) -> Path:
@@ -146,7 +127,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = random_model(folder / "model") if arguments.model == "smollm2-shape" else arguments.model
+        model = arguments.model
+        if model == "smollm2-shape":
+            model = str(random_checkpoint(folder / "model", "smollm2-135m", device))
         rows = []
         print(f"{'tokens':>7} {'heads':>6} {'plain ms':>10} {'stopped ms':>11} {'calibrated ms':>14} {'ratio':>7}")
         for length in arguments.lengths:
