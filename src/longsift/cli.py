@@ -24,6 +24,7 @@ from longsift.errors import LongsiftError, UsageError
 from longsift.options import (
     CalibrateOptions,
     ControlOptions,
+    EngineOptions,
     MeterOptions,
     ModelOptions,
     NeedleOptions,
@@ -176,6 +177,7 @@ def run(
     windows: WindowOptions,
     scores: ScoreOptions,
     selection: SelectOptions,
+    engine: EngineOptions,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     config: Config = None,
@@ -191,6 +193,14 @@ def run(
 
         pipeline.check_flags(model, windows, scores, selection)
         _print(estimate(inputs, model, windows, scores), as_json)
+        return
+    if engine.engine == "slurm":
+        from longsift.engines import slurm
+
+        slurm.check(scores)
+        pipeline.check_flags(model, windows, scores, selection)
+        pipeline.cut(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
+        _print(slurm.submit(out, model, scores, engine, selection, max_bad=windows.max_bad), as_json)
         return
     result = pipeline.run(inputs, out, model, windows, scores, selection, overwrite=overwrite, quiet=quiet)
     _print(result, as_json)
@@ -227,6 +237,7 @@ def score(
     model: ModelOptions,
     windows: WindowOptions,
     scores: ScoreOptions,
+    engine: EngineOptions,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     config: Config = None,
@@ -245,6 +256,13 @@ def score(
         _print(plan, as_json)
         return
     pipeline.check_flags(pipeline.calculator_for(inputs, model), windows, scores)
+    if engine.engine == "slurm":
+        from longsift.engines import slurm
+
+        slurm.check(scores)
+        folder = pipeline.prepare_windows(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
+        _print(slurm.submit(folder, model, scores, engine, max_bad=windows.max_bad, overwrite=overwrite), as_json)
+        return
     folder = pipeline.prepare_windows(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
     _print(pipeline.score(folder, model, scores, overwrite=overwrite, quiet=quiet), as_json)
     pipeline.check_bad(folder, windows.max_bad)

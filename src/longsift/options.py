@@ -112,6 +112,40 @@ class ScoreOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Where windows are scored; what is left at None has the engine's default."""
+
+    engine: Literal["local", "slurm"] = _flag(
+        "local", "local: processes of this machine. slurm: a job array; needs longsift[datatrove]."
+    )
+    partition: str | None = _flag(None, "slurm: partition of the jobs.")
+    tasks: int | None = _flag(None, "slurm: tasks of the array, each one process. [default: one a shard, at most 64]")
+    gpus_per_task: int | None = _flag(None, "slurm: GPUs of a task: 1, or 0 to score on CPUs. [default: 1]")
+    cpus_per_task: int | None = _flag(None, "slurm: cores of a task. [default: 4]")
+    mem_per_cpu: int | None = _flag(None, "slurm: GB of memory a core. [default: 4]")
+    time: str | None = _flag(None, "slurm: time limit of a task. [default: 24:00:00]")
+    sbatch: str | None = _flag(None, "slurm: further options of sbatch, such as account=lab,constraint=h100.")
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "cpus_per_task", "mem_per_cpu"):
+            _check(self, name, lambda value: value >= 1, "at least 1")
+        _check(self, "gpus_per_task", lambda value: value in (0, 1), "0 or 1")
+        given = [f.name for f in fields(self) if f.name != "engine" and getattr(self, f.name) is not None]
+        if self.engine == "local" and given:
+            raise UsageError(f"--{given[0].replace('_', '-')} goes with --engine slurm.")
+        if self.engine == "slurm" and not self.partition:
+            raise UsageError("--engine slurm needs --partition; sinfo lists them.")
+        self.further()
+
+    def further(self) -> dict[str, str]:
+        """The options of sbatch that `sbatch` names, by name without dashes."""
+        pairs = [part.partition("=") for part in (self.sbatch or "").split(",") if part]
+        if any(not name.strip() for name, _, _ in pairs):
+            raise UsageError(f"--sbatch takes options such as account=lab,constraint=h100, not '{self.sbatch}'.")
+        return {name.strip().lstrip("-"): value for name, _, value in pairs}
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelectOptions:
     """Keeping the best windows of every group."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import slurm_cluster
+from longsift.shards import RunFolder
 from slurm_cluster import slurm, wait_for_jobs
 
 pytest.importorskip("datatrove", reason="needs longsift[datatrove]")
@@ -59,3 +61,36 @@ def test_a_job_array_gives_the_bits_of_a_run(cluster, corpus, ladm, table, docum
     stats = json.loads((tmp_path / "logs" / "stats.json").read_text("utf-8"))  # of the dependent job
     counted = next(step["stats"] for step in stats if step["name"] == repr(AttentionScores()))
     assert counted["documents"]["total"] == len(documents)
+
+
+def longsift(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "longsift", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_a_run_through_slurm_writes_the_bytes_of_a_local_one(cluster, corpus, model, run, tmp_path):
+    out = tmp_path / "out"
+    measure = ["--method", "ladm", "--span", "16", "--d-afs", "1", "--d-cds", "1"]
+    where = ["--engine", "slurm", "--partition", "main", "--gpus-per-task", "0", "--cpus-per-task", "1"]
+    command = ["run", corpus, "-o", out, "--model", model, "--window", "512", "--keep", "0.5", *measure, *where]
+    submitted = longsift(*command, "--json")
+    assert submitted.returncode == 0, submitted.stderr
+    told = json.loads(submitted.stdout)
+    assert (told["tasks"], told["shards"], len(told["jobs"])) == (2, 2, 2)
+    again = longsift(*command)
+    assert again.returncode == 1
+    assert f"still in Slurm. Wait for them, or end them: scancel {' '.join(told['jobs'])}" in again.stderr
+
+    wait_for_jobs(cluster)
+    logs = "\n".join(path.read_text("utf-8") for path in Path(told["logs"], "slurm").iterdir())
+    folder, local = RunFolder(out), RunFolder(run)
+    assert folder.section("scores")["counts"]["windows"] == local.section("scores")["counts"]["windows"], logs
+    assert folder.section("scores")["identity"] == local.section("scores")["identity"]
+    names = {path.name for path in local.scores.iterdir()}
+    assert {path.name for path in folder.scores.iterdir()} == names
+    for name in names:
+        assert (folder.scores / name).read_bytes() == (local.scores / name).read_bytes()
+    assert folder.section("selected")["result"]["kept"] > 0
+    assert folder.report.is_file()
+
+    later = longsift("score", out, "--model", model, *measure, *where, "--json")
+    assert json.loads(later.stdout) == {"jobs": [], "tasks": 0, "shards": 0, "logs": None}, later.stderr
