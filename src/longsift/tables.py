@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
+
+from longsift.errors import OutputError
 
 WINDOWS = pa.schema(
     [
@@ -67,13 +69,21 @@ def publish(path: Path) -> Iterator[Path]:
 
     The file is flushed to disk before it becomes visible, so that a crash leaves the whole file or none.
     On an error the temporary file is removed.
+
+    Raises:
+        OutputError: the file cannot be written: the disk is full, say, or may not be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"Cannot write {path}: {error}. Once that is mended, the same command goes on where it stopped."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
