@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from longsift.sources import Source, find_sources
 from longsift.tables import parquet_files
 from longsift.windows import Tally, Window
 
-_SOURCES = 8  # read from, spread over the corpus
-_BYTES = 16 << 20  # read in all
+_SOURCES = 4  # read from, spread over the corpus
+_BYTES = 4 << 20  # read in all: a second or two of cutting
+_TOKENS = 1024  # measured first, and then twice as many as long as it takes
+_SECONDS = 0.5  # less than this
 
 
 def estimate(
@@ -35,7 +39,8 @@ def estimate(
     """Say how many documents, windows and tokens a run would have and how long it would take; write nothing.
 
     A part of a few sources is read and cut, and the rest is taken to be like it, byte for byte. The time of
-    scoring is that of one window. `--limit` and `--sample` are honoured.
+    scoring is that of one window, or what its beginning tells of it where a window takes long. `--limit` and
+    `--sample` are honoured.
 
     Raises:
         InputError: nothing to read, or no window in the part that was read.
@@ -48,17 +53,20 @@ def estimate(
     read: list[int] = []
 
     def part(source: Source) -> Iterator[Document | BadRow]:
-        consumed = 0
+        consumed = looked = 0
 
         def on_bytes(count: int) -> None:
             nonlocal consumed
             consumed += count
 
         for row in read_documents(source, cutter.read, on_bytes):
+            if consumed > looked >= _BYTES / len(looked_at):
+                break  # it is the first of the bytes that were read after these
+            looked = consumed
             yield row
-            if consumed >= _BYTES / len(looked_at):
-                break
-        read.append(min(consumed, source.size))
+        else:
+            looked = source.size
+        read.append(min(looked, source.size))
 
     started = time.perf_counter()
     for source in looked_at:
@@ -111,13 +119,36 @@ def estimate_scores(
 
 
 def _scoring(scorer: Scorer, input_ids: npt.NDArray[np.int32], tokens: int) -> dict[str, Any]:
-    """The time of scoring `tokens`, from that of one window."""
-    scorer.measure(input_ids)  # the first one also warms up
-    started = time.perf_counter()
-    scorer.measure(input_ids)
-    seconds = time.perf_counter() - started
+    """The time of scoring `tokens`, from that of one window or of its beginnings."""
+    length = min(max(_TOKENS, scorer.method.shortest()), len(input_ids))
+    seconds = [_seconds(scorer, input_ids, length)]
+    while length < len(input_ids) and seconds[-1] < _SECONDS:
+        length = min(2 * length, len(input_ids))
+        seconds.append(_seconds(scorer, input_ids, length))
+    times = len(input_ids) / length
+    # A share for each token and one for each pair of them; the latter is what twice as many take beyond twice as long.
+    pairs = min(max(0.0, 2 * (seconds[-1] - 2 * seconds[-2])), seconds[-1]) if len(seconds) > 1 else 0.0
+    window = (seconds[-1] - pairs) * times + pairs * times**2
     return {
-        "seconds_scoring": tokens / len(input_ids) * seconds,
-        "tokens_per_second": len(input_ids) / seconds,
+        "seconds_scoring": tokens / len(input_ids) * window,
+        "tokens_per_second": len(input_ids) / window,
         "device": scorer.describe()["device"],
     }
+
+
+def _seconds(scorer: Scorer, input_ids: npt.NDArray[np.int32], length: int) -> float:
+    with _no_warnings(length < len(input_ids)):  # of a length that was not asked for
+        scorer.measure(input_ids[:length])  # the first one also warms up
+        started = time.perf_counter()
+        scorer.measure(input_ids[:length])
+        return time.perf_counter() - started
+
+
+@contextmanager
+def _no_warnings(wanted: bool) -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING if wanted else before)
+    try:
+        yield
+    finally:
+        logging.disable(before)
