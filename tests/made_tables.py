@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -25,10 +27,12 @@ class Row:
     strength: float | None = 0.5
     variance: float | None = 1e-9
     window_id: str = ""
+    start: int = 0
     n_tokens: int = 100
     text: str | None = "once upon a time"
     metadata: dict[str, Any] | str = field(default_factory=dict)
     status: str = "ok"
+    ids: list[int] | None = None  # by default different in every window
 
 
 def write_tables(out: Path, shards: list[list[Row]], row_group: int = 1 << 20) -> None:
@@ -42,16 +46,18 @@ def write_tables(out: Path, shards: list[list[Row]], row_group: int = 1 << 20) -
             "window_id": ids,
             "doc_id": documents,
             "group": [row.group for row in rows],
+            "start": [row.start for row in rows],
             "n_tokens": [row.n_tokens for row in rows],
         }
+        input_ids = [row.ids or [s, i] for i, row in enumerate(rows)]
         windows = keys | {
             "index": [0] * len(rows),
-            "start": [0] * len(rows),
-            "input_ids": [[s, i] for i in range(len(rows))],
+            "input_ids": input_ids,
             "text": [row.text for row in rows],
             "metadata": [row.metadata if isinstance(row.metadata, str) else json.dumps(row.metadata) for row in rows],
         }
         scores = keys | {
+            "ids_hash": [hashlib.blake2b(np.array(ids, "<i4"), digest_size=16).digest() for ids in input_ids],
             "status": [row.status for row in rows],
             "reason": [None if row.status == "ok" else "out of memory" for row in rows],
             "dependency_strength": [row.strength for row in rows],

@@ -5,6 +5,7 @@ Batches hold windows of one length, so nothing is padded; how windows are groupe
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -75,7 +76,9 @@ def read_rows(path: Path) -> Iterator[Row]:
         for batch in file.iter_batches(batch_size=_READ_ROWS, columns=[*keys, "input_ids"]):
             ids = batch.column("input_ids")
             for i, row in enumerate(batch.select(keys).to_pylist()):
-                yield Row(row, ids[i].values.to_numpy(), len(ids[i]))
+                input_ids = ids[i].values.to_numpy()
+                digest = hashlib.blake2b(input_ids.astype("<i4", copy=False), digest_size=16).digest()
+                yield Row(row | {"ids_hash": digest}, input_ids, len(input_ids))
 
 
 def group_rows(rows: Iterable[Row], tokens: int, *, pinned: bool) -> Iterator[Batch]:
