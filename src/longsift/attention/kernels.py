@@ -52,6 +52,32 @@ def _tile_logits(
 
 
 @triton.jit
+def _seen_logits(
+    b_q,
+    p_k,
+    start,  # the tile's first key
+    o_in_tile,
+    b_end,  # [ROWS]: a row sees the keys before
+    end,  # the keys before are there
+    stride_kl,
+    stride_kd,
+    scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Logits · log2(e) of a tile of keys, [ROWS, TILE], -inf where a row does not see the key."""
+    o_key = start + o_in_tile
+    b_s = _tile_logits(
+        b_q, p_k + start * tl.cast(stride_kl, tl.int64), o_in_tile, o_key < end, stride_kl, stride_kd, scale, softcap,
+        HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+    )  # fmt: skip
+    return tl.where(o_key[None, :] < b_end[:, None], b_s, -float("inf"))
+
+
+@triton.jit
 def _tile_values(
     p_tile,
     o_in_tile,
@@ -135,6 +161,7 @@ def far_kernel(
         first = tl.load(p_rows + first_row).to(tl.int32)
         last = tl.load(p_rows + last_row).to(tl.int32)
         b_position = tl.load(p_rows + o_row).to(tl.int32)
+    o_end = b_position + 1  # a row sees the keys before
     o_d = tl.arange(0, PADDED_DIM)
     p_q += i_batch * stride_qb + i_head.to(tl.int64) * stride_qh + first_row.to(tl.int64) * stride_ql
     p_k += i_batch * stride_kb + (i_head // group).to(tl.int64) * stride_kh
@@ -157,13 +184,10 @@ def far_kernel(
 
     b_reference = tl.full([ROWS], -float("inf"), tl.float32)
     for nearest in tl.static_range(2):
-        start = nearest * (first // EDGE * EDGE)
-        o_key = start + o_in_edge
-        b_s_edge = _tile_logits(
-            b_q, p_k + start * far_stride_kl, o_in_edge, o_key < length, stride_kl, stride_kd, scale, softcap,
-            HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+        b_s_edge = _seen_logits(
+            b_q, p_k, nearest * (first // EDGE * EDGE), o_in_edge, o_end, length, stride_kl, stride_kd,
+            scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION,
         )  # fmt: skip
-        b_s_edge = tl.where(o_key[None, :] <= b_position[:, None], b_s_edge, -float("inf"))
         b_reference = tl.maximum(b_reference, tl.max(b_s_edge, 1))
 
     b_mass = tl.zeros([ROWS], tl.float32)
@@ -194,11 +218,10 @@ def far_kernel(
             start = i + tl.where(i >= k_sink, k_far - k_sink, 0)
             start += tl.where(i >= k_sink + (k_near - k_far), k_seen - k_near, 0)
             o_key = start + o_in_edge
-            b_s_edge = _tile_logits(
-                b_q, p_k + start * far_stride_kl, o_in_edge, o_key < length, stride_kl, stride_kd,
-                scale, softcap, HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+            b_s_edge = _seen_logits(
+                b_q, p_k, start, o_in_edge, o_end, length, stride_kl, stride_kd,
+                scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION,
             )  # fmt: skip
-            b_s_edge = tl.where(o_key[None, :] <= b_position[:, None], b_s_edge, -float("inf"))
             b_e_edge = tl.exp2(b_s_edge - b_reference[:, None])
             b_rest_parts += _partial_sums(b_e_edge, ROWS, EDGE)
             m_far = (o_key[None, :] <= (b_position - distance)[:, None]) & (o_key >= skip)[None, :]
@@ -212,12 +235,10 @@ def far_kernel(
         if (tl.max(b_total, 0) > LARGEST_SUM) & (attempt == 2):
             attempt = 1
             for start in range(0, k_end, EDGE):
-                o_key = start + o_in_edge
-                b_s_edge = _tile_logits(
-                    b_q, p_k + start * far_stride_kl, o_in_edge, o_key < length, stride_kl, stride_kd,
-                    scale, softcap, HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+                b_s_edge = _seen_logits(
+                    b_q, p_k, start, o_in_edge, o_end, length, stride_kl, stride_kd,
+                    scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION,
                 )  # fmt: skip
-                b_s_edge = tl.where(o_key[None, :] <= b_position[:, None], b_s_edge, -float("inf"))
                 b_reference = tl.maximum(b_reference, tl.max(b_s_edge, 1))
     o_out = i_head_of_batch.to(tl.int64) * count + o_row
     tl.store(p_mass + o_out, b_mass / b_total, mask=m_row)
@@ -314,13 +335,10 @@ def span_focus_kernel(
 
     b_reference = tl.full([ROWS], -float("inf"), tl.float32)
     for near in tl.static_range(2):
-        start = near * nearest
-        o_edge = start + o_in_edge
-        b_s_edge = _tile_logits(
-            b_q, p_k + start * far_stride_kl, o_in_edge, o_edge < length, stride_kl, stride_kd, scale, softcap,
-            HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+        b_s_edge = _seen_logits(
+            b_q, p_k, near * nearest, o_in_edge, o_end, length, stride_kl, stride_kd,
+            scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION,
         )  # fmt: skip
-        b_s_edge = tl.where(o_edge[None, :] < o_end[:, None], b_s_edge, -float("inf"))
         b_reference = tl.maximum(b_reference, tl.max(b_s_edge, 1))
 
     unmasked_pieces = before // per_tile * per_tile if EVEN else 0
@@ -329,12 +347,10 @@ def span_focus_kernel(
     while attempt < 2:
         b_total = tl.zeros([ROWS], tl.float32)
         for start in range(0, tl.minimum(lead, span_start), EDGE):  # the keys before the first span
-            o_edge = start + o_in_edge
-            b_s_edge = _tile_logits(
-                b_q, p_k + start * far_stride_kl, o_in_edge, o_edge < lead, stride_kl, stride_kd,
-                scale, softcap, HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+            b_s_edge = _seen_logits(
+                b_q, p_k, start, o_in_edge, tl.full([ROWS], 0, tl.int32) + lead, lead, stride_kl, stride_kd,
+                scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION,
             )  # fmt: skip
-            b_s_edge = tl.where(o_edge[None, :] < lead, b_s_edge, -float("inf"))
             b_total += tl.sum(tl.exp2(b_s_edge - b_reference[:, None]), 1)
         for start in range(0, unmasked_pieces, per_tile):
             first_key = lead + start * PADDED_WIDTH
@@ -370,12 +386,10 @@ def span_focus_kernel(
         if (tl.max(b_total, 0) > LARGEST_SUM) & (attempt == 2):
             attempt = 1
             for start in range(0, last_row + 1, EDGE):
-                o_edge = start + o_in_edge
-                b_s_edge = _tile_logits(
-                    b_q, p_k + start * far_stride_kl, o_in_edge, o_edge < length, stride_kl, stride_kd,
-                    scale, softcap, HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+                b_s_edge = _seen_logits(
+                    b_q, p_k, start, o_in_edge, o_end, length, stride_kl, stride_kd,
+                    scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION,
                 )  # fmt: skip
-                b_s_edge = tl.where(o_edge[None, :] < o_end[:, None], b_s_edge, -float("inf"))
                 b_reference = tl.maximum(b_reference, tl.max(b_s_edge, 1))
 
     # Only now is the normaliser of a row known. The rows were written by other threads than those that read them.
@@ -461,15 +475,13 @@ def attend_and_focus_kernel(
     )
 
     # 1. The keys before the query span, relative to a logit of theirs
+    o_before = tl.full([SPAN], 0, tl.int32) + first_row
     b_reference = tl.full([SPAN], -float("inf"), tl.float32)
     for near in tl.static_range(2):
-        start = near * tl.maximum(first_row - TILE, 0)
-        o_key = start + o_tile
-        b_s = _tile_logits(
-            b_q, p_k + start * far_stride_kl, o_tile, o_key < length, stride_kl, stride_kd, scale, softcap,
-            HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+        b_s = _seen_logits(
+            b_q, p_k, near * tl.maximum(first_row - TILE, 0), o_tile, o_before, length, stride_kl, stride_kd,
+            scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION,
         )  # fmt: skip
-        b_s = tl.where(o_key[None, :] < first_row, b_s, -float("inf"))
         b_reference = tl.maximum(b_reference, tl.max(b_s, 1))
     # Exponentials are multiplied with the values in the type of these.
     largest: tl.constexpr = 2.0**15 if p_v.dtype.element_ty == tl.float16 else LARGEST_SUM
@@ -480,15 +492,21 @@ def attend_and_focus_kernel(
         b_out = tl.zeros([SPAN, PADDED_VALUE], tl.float32)
         b_prior = tl.zeros([SPAN], tl.float32)
         for start in range(0, tl.minimum(lead, first_row), TILE):
-            o_key = start + o_tile
-            b_s = _tile_logits(
-                b_q, p_k + start * far_stride_kl, o_tile, o_key < lead, stride_kl, stride_kd, scale, softcap,
-                HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+            b_s = _seen_logits(
+                b_q, p_k, start, o_tile, tl.full([SPAN], 0, tl.int32) + lead, lead, stride_kl, stride_kd,
+                scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION,
             )  # fmt: skip
-            b_e = tl.exp2(tl.where(o_key[None, :] < lead, b_s, -float("inf")) - b_reference[:, None])
+            b_e = tl.exp2(b_s - b_reference[:, None])
             b_prior += tl.sum(b_e, 1)
             b_v = _tile_values(
-                p_v + start * far_stride_vl, o_tile, o_key < lead, stride_vl, stride_vd, VALUE_DIM, PADDED_VALUE, True
+                p_v + start * far_stride_vl,
+                o_tile,
+                start + o_tile < lead,
+                stride_vl,
+                stride_vd,
+                VALUE_DIM,
+                PADDED_VALUE,
+                True,
             )
             b_out = tl.dot(b_e.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
         for key_span in range(query_span):
@@ -512,12 +530,10 @@ def attend_and_focus_kernel(
         if (tl.max(b_prior, 0) > largest) & (attempt == 2):
             attempt = 1
             for start in range(0, first_row, TILE):
-                o_key = start + o_tile
-                b_s = _tile_logits(
-                    b_q, p_k + start * far_stride_kl, o_tile, o_key < length, stride_kl, stride_kd, scale, softcap,
-                    HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
+                b_s = _seen_logits(
+                    b_q, p_k, start, o_tile, o_before, length, stride_kl, stride_kd,
+                    scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION,
                 )  # fmt: skip
-                b_s = tl.where(o_key[None, :] < first_row, b_s, -float("inf"))
                 b_reference = tl.maximum(b_reference, tl.max(b_s, 1))
 
     # 2. The query span itself, relative to the largest logit so far
