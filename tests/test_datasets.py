@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +92,52 @@ def test_both_formats_hold_the_same_rows(tmp_path: Path) -> None:
     assert not list((tmp_path / "selected").glob("*.parquet"))
 
 
-def test_text_and_ids_can_be_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left_out", ["text", "input_ids"])
+def test_text_or_ids_can_be_left_out(tmp_path: Path, left_out: str) -> None:
     write_tables(tmp_path, [[Row(metadata={"text": "kept apart"})]])
-    select(tmp_path, text=False, input_ids=False)
+    select(tmp_path, **{left_out: False})
     (row,) = parquet_rows(tmp_path)
-    assert list(row) == ["window_id", "doc_id", "group", "n_tokens", "score", "rank", "doc_text"]
+    own = ["window_id", "doc_id", "group", "n_tokens", "score", "rank", "text", "input_ids", "doc_text"]
+    assert list(row) == [name for name in own if name != left_out]
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_without_text_and_ids_the_scores_alone_are_needed(tmp_path: Path, format: str) -> None:
+    rows = [Row("ab"[i % 2], i / 9, start=i, metadata={"url": "u"}) for i in range(9)]
+    write_tables(tmp_path, [rows[:4], rows[4:]], row_group=2)
+    select(tmp_path, keep=0.5)
+    whole = parquet_rows(tmp_path)
+    shutil.rmtree(tmp_path / "windows")
+    written = select(tmp_path, keep=0.5, text=False, input_ids=False, format=format)
+    names = ["window_id", "doc_id", "group", "n_tokens", "score", "rank"]
+    found = parquet_rows(tmp_path) if format == "parquet" else jsonl_rows(tmp_path)
+    assert found == [{name: row[name] for name in names} for row in whole]
+    assert (written.rows, written.tokens) == (5, 500)
+
+
+def test_only_row_groups_with_kept_windows_are_read_and_their_texts_and_ids_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strengths = [[0.9, 0.1, 0.1, 0.1, 0.8, 0.1], [0.1] * 6, [0.1, 0.1, 0.7, 0.1, 0.1, 0.1]]
+    write_tables(tmp_path, [[Row(strength=strength) for strength in shard] for shard in strengths], row_group=2)
+    reads: Counter[tuple[str, int, str]] = Counter()
+
+    class Noted(pq.ParquetFile):
+        def __init__(self, path: Path, **options: Any) -> None:
+            super().__init__(path, **options)
+            self.path = path
+
+        def iter_batches(self, *, row_groups: list[int] | None = None, columns: Any = None, **options: Any) -> Any:
+            if self.path.parent.name == "windows":
+                reads.update((self.path.stem, group, name) for group in row_groups or [] for name in columns)
+            return super().iter_batches(row_groups=row_groups, columns=columns, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", Noted)
+    select(tmp_path, keep=0.15)
+    assert {(row["window_id"]) for row in parquet_rows(tmp_path)} == {"d0-0:0", "d0-4:0", "d2-2:0"}
+    groups = {("shard-00000", 0), ("shard-00000", 2), ("shard-00002", 1)}
+    assert {(shard, group) for shard, group, _ in reads} == groups
+    assert {reads[*group, name] for group in groups for name in ("text", "input_ids")} == {1}
 
 
 @pytest.mark.parametrize(

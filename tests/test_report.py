@@ -128,6 +128,26 @@ def test_a_small_group_shows_every_window_once(tmp_path: Path, windows: int) -> 
     assert ranks == [str(rank) for rank in range(1, windows + 1)]
 
 
+def test_windows_left_out_for_overlaps_and_duplicates_are_counted_and_not_shown_as_the_worst(tmp_path: Path) -> None:
+    rows = [Row(strength=i / 100, window_id=f"d{i}:0", text=f"text {i}", ids=[i]) for i in range(40)]
+    rows += [
+        Row(strength=0.99 - i / 100, window_id=f"e:{i}", start=60 * i, text=f"near {i}", ids=[90, i]) for i in (0, 1)
+    ]
+    rows += [Row(strength=0.3, window_id="f:0", text="again", ids=[30])]
+    write_tables(tmp_path, [rows])
+    with_all = page(tmp_path, STRENGTH)
+    assert "near 1" in with_all
+    assert "Overlap a better one" not in with_all
+    html = page(tmp_path, STRENGTH, keep=0.25, overlap=False, dedup="exact")
+    text = _Page(html).text
+    assert "near 0" in text
+    assert "near 1" not in text
+    assert "text 0" in text
+    assert "Overlap a better one 1" in text
+    assert "Same tokens as another 1" in text
+    assert "Scored 42" in text
+
+
 def test_hostile_text_stands_as_text(tmp_path: Path) -> None:
     text = EVIL + "A" * 1_000_000 + "</div>end"
     row = Row(EVIL, text=text, window_id=f"{EVIL}:0")

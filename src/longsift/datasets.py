@@ -3,7 +3,8 @@ how it was made.
 
 The folder `selected/` is built beside its place and then exchanged, so that a reader never sees two
 selections mixed. The documents' own metadata become columns: a first pass over the metadata of the kept
-windows finds their types, and then texts and ids are streamed once.
+windows finds their types, and then texts and ids are streamed once. A data set without texts and ids is made
+of the scores alone.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _Block = TypeVar("_Block")
 _PART_BYTES = 256 << 20
 _ROW_GROUP_BYTES = 32 << 20
 _BATCH_ROWS = 32  # windows held at once while reading
+_BATCH_SCORES = 1 << 16  # rows of scores held at once
 _RECORD_FIELDS = 256  # an object with more keys is a map from data to data, not a record with columns
 
 
@@ -66,13 +68,14 @@ def write_dataset(
 ) -> Written:
     """Write the kept windows and their card to `out`/selected, in place of what was there.
 
-    Rows stand in the order of the windows table. Every top-level key of a document's metadata becomes a
-    column of one type. A key whose values have no common type is written as JSON text; one that has the name
+    Rows stand in the order of the windows table. With text or ids, every top-level key of a document's metadata
+    becomes a column of one type. A key whose values have no common type is written as JSON text; one that has the name
     of a column of ours gets the prefix `doc_`.
 
     Args:
         choice: what to keep.
-        windows: folder of the windows table; its files have the names and the rows of the score files.
+        windows: folder of the windows table; its files have the names and the rows of the score files. Not needed
+            without text and ids.
         out: the run's folder.
         format: "parquet" (part-<digest>-00000.parquet, zstd) or "jsonl" (part-<digest>-00000.jsonl.zst); a new
             part begins after 256 MiB.
@@ -90,10 +93,16 @@ def write_dataset(
         raise UsageError(f"--format takes parquet or jsonl, not '{format}'.")
     left_out = {name for name, wanted in (("text", text), ("input_ids", input_ids)) if not wanted}
     own = {name: kind for name, (kind, _) in _COLUMNS.items() if name not in left_out}
-    metadata = _Metadata.of(table.column("metadata") for table in _take(choice, windows, ["metadata"]))
+    if text or input_ids:
+        metadata = _Metadata.of(table.column("metadata") for table in _take(choice, windows, ["metadata"]))
+    else:
+        metadata = _Metadata(())
     schema = pa.schema([*own.items(), *((column.name, column.type) for column in metadata.columns)])
     stored = [name for name in own if name not in ("score", "rank")]
-    rows = _take(choice, windows, [*stored, "metadata"])
+    if text or input_ids:
+        rows = _take(choice, windows, [*stored, "metadata"])
+    else:
+        rows = _take(choice, choice.scores, stored, _BATCH_SCORES)
     prefix = f"part-{_digest(choice, schema)}"
     with _replaced_folder(out / "selected") as folder:
         if format == "parquet":
@@ -108,8 +117,8 @@ def write_dataset(
     return Written(out / "selected", files, choice.kept, choice.kept_tokens)
 
 
-def _take(choice: Choice, windows: Path, columns: list[str]) -> Iterator[pa.Table]:
-    """The kept rows of the windows table, a few at a time, with their score and rank."""
+def _take(choice: Choice, windows: Path, columns: list[str], batch_rows: int = _BATCH_ROWS) -> Iterator[pa.Table]:
+    """The kept rows of the windows (or scores) table, `batch_rows` at a time, with their score and rank."""
     for shard, chosen in choice.chosen():
         path = windows / f"{shard}.parquet"
         try:
@@ -128,7 +137,7 @@ def _take(choice: Choice, windows: Path, columns: list[str]) -> Iterator[pa.Tabl
                 first = last
                 continue
             read = list(dict.fromkeys(["window_id", *columns]))
-            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[index], columns=read):
+            for batch in parquet.iter_batches(batch_size=batch_rows, row_groups=[index], columns=read):
                 start, end = wanted.searchsorted(first), wanted.searchsorted(first + len(batch))
                 if start < end:
                     rows = chosen.slice(start, end - start)
@@ -267,7 +276,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 def _flat(table: pa.Table, metadata: _Metadata, schema: pa.Schema) -> pa.Table:
     """Rows with the metadata as typed columns."""
-    parsed = _parsed(table.column("metadata"))
+    parsed = _parsed(table.column("metadata")) if metadata.columns else []
     columns = {column.name: pa.array(map(column.value, parsed), column.type) for column in metadata.columns}
     arrays = [
         columns[field.name] if field.name in columns else table.column(field.name).cast(field.type) for field in schema
@@ -292,8 +301,14 @@ def _gathered(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Tabl
 def _lines(table: pa.Table, metadata: _Metadata, own: list[str]) -> bytes:
     """Rows as JSON lines; a document has the metadata keys that it came with."""
     rows = table.select(own).to_pylist()
+    if not metadata.columns:
+        return _json_lines(rows)
     for row, parsed in zip(rows, _parsed(table.column("metadata")), strict=True):
         row |= {column.name: column.value(parsed) for column in metadata.columns if column.key in parsed}
+    return _json_lines(rows)
+
+
+def _json_lines(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
@@ -386,6 +401,9 @@ def _card(choice: Choice, facts: Mapping[str, Any], schema: pa.Schema, files: st
         f"{choice.kept:,} of {choice.windows:,} windows ({choice.kept_tokens:,} of {choice.tokens:,} tokens) "
         "were kept by how much each window depends on its far past, ranked within its group. "
         + (f"{choice.failed:,} windows could not be measured and were left out. " if choice.failed else "")
+        + (f"{choice.duplicates:,} windows hold the same tokens as others. " if choice.duplicates else "")
+        + (f"{choice.passed_over:,} overlap better ones and were passed over. " if choice.passed_over else "")
+        + (f"{choice.overlapping:,} of the kept ones overlap better ones. " if choice.overlapping else "")
         + "The texts keep the terms of their sources; this card grants no license.",
         "## How it was made",
         _table(["what", "value"], [[key, value] for key, value in _facts(choice, facts)]),

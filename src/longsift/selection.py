@@ -1,34 +1,39 @@
 """Turn the measured columns into one score, rank the windows within their groups, and keep the best.
 
-DuckDB reads the scores table, ranks it, and answers what the data set and the report ask. Whatever rule
-decides, a group keeps its windows of rank 1 … k: a choice is one number k for every group.
+DuckDB reads the scores table, ranks it (`longsift.ranking`), and answers what the data set and the report ask.
+Whatever rule decides, a group keeps its windows of rank 1 … k: a choice is one number k for every group.
 """
 
 from __future__ import annotations
 
-import math
+import bisect
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
-from itertools import chain
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, Literal
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from longsift import ranking
 from longsift.errors import OutputError, UsageError
+from longsift.ranking import Quota as Quota
 from longsift.rules import ScoreRule as ScoreRule
 from longsift.rules import Term as Term
-from longsift.tables import SCORE_KEYS, parquet_files
+from longsift.tables import parquet_files
 
-_MEMORY = "2GB"  # DuckDB's own limit; above it, sorts spill to disk
+_MEMORY = "2GB"  # DuckDB's own limit; above it, tables and sorts spill to disk
+_THREADS = 8  # at most, since each needs memory of its own
+_FOLDER = ".selection-"  # of a ranking; its file `lock` is locked while that is in use
 _CHOSEN = pa.schema({"row": pa.int64(), "window_id": pa.string(), "score": pa.float64(), "rank": pa.int64()})
-_MIX_TOLERANCE = Fraction(1, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,14 @@ class GroupChoice:
     """What was measured and kept in one group.
 
     Attributes:
-        windows, tokens: measured windows and their tokens.
+        windows, tokens: measured windows and their tokens, duplicates left out.
         failed: windows without a usable measure; they are never kept.
+        duplicates: measured windows whose ids another window has that is taken in their place; they are never kept.
+        behind: windows that overlap a better one of their document, and so rank behind all others.
+        passed_over: those of them that score at least `cut` and are not kept.
         kept, kept_tokens: kept windows and their tokens.
         best, worst: highest and lowest score; None when no window was measured.
-        cut: score of the last kept window; None when none is kept.
+        cut: lowest score of a kept window; None when none is kept.
         columns: spread of every column of the rule, of a list's mean for a list; empty when no window was measured.
     """
 
@@ -58,6 +66,9 @@ class GroupChoice:
     windows: int
     tokens: int
     failed: int
+    duplicates: int
+    behind: int
+    passed_over: int
     kept: int
     kept_tokens: int
     best: float | None
@@ -65,24 +76,10 @@ class GroupChoice:
     worst: float | None
     columns: Mapping[str, Spread]
 
-
-@dataclass(frozen=True)
-class Quota:
-    """Tokens that one or several groups were to fill together.
-
-    Attributes:
-        groups: their names.
-        share: of the total that was asked for.
-        tokens: asked for.
-        kept: tokens of the kept windows.
-        shortfall: tokens that were asked for and that the groups do not have; 0 when windows are left over.
-    """
-
-    groups: tuple[str, ...]
-    share: float
-    tokens: int
-    kept: int
-    shortfall: int
+    @property
+    def overlapping(self) -> int:
+        """Kept windows that overlap a better one: the group has no others left."""
+        return max(0, self.kept - (self.windows - self.behind))
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,8 @@ class Choice:
 
     Attributes:
         rule, keep, budget, mix: what was asked.
-        shards: names of the score files, sorted; a window is identified by its shard and its row there.
+        scores: folder of the score files.
+        shards: their names, sorted; a window is identified by its shard and its row there.
         groups: one entry a group, sorted by name.
         quotas: what a budget or a mix asked for and got; empty for a plain share.
     """
@@ -124,11 +122,14 @@ class Choice:
     keep: float | None
     budget: int | None
     mix: Mapping[str, float] | None
+    scores: Path
     shards: tuple[str, ...]
     groups: tuple[GroupChoice, ...]
     quotas: tuple[Quota, ...]
+    _ends: tuple[int, ...] = field(repr=False)  # place after the last row of each shard
     _database: Any = field(repr=False)
     _folder: Path = field(repr=False)
+    _lock: IO[str] = field(repr=False)
 
     @property
     def windows(self) -> int:
@@ -144,6 +145,21 @@ class Choice:
     def failed(self) -> int:
         """Windows without a usable measure."""
         return sum(group.failed for group in self.groups)
+
+    @property
+    def duplicates(self) -> int:
+        """Windows in whose place another one with the same ids is taken."""
+        return sum(group.duplicates for group in self.groups)
+
+    @property
+    def passed_over(self) -> int:
+        """Windows that score high enough, but overlap a better one of their document."""
+        return sum(group.passed_over for group in self.groups)
+
+    @property
+    def overlapping(self) -> int:
+        """Kept windows that overlap a better one."""
+        return sum(group.overlapping for group in self.groups)
 
     @property
     def kept(self) -> int:
@@ -166,11 +182,14 @@ class Choice:
         if not path.exists():
             # A file, because DuckDB's Arrow readers changed their names between its versions.
             self._database.execute(
-                f"""COPY (SELECT shard, row, window_id, score, rank FROM ranked JOIN cuts USING ("group")
-                    WHERE rank <= k ORDER BY shard, row) TO {_text(str(path))} (FORMAT parquet)"""
+                f"""COPY (SELECT place, scored.window_id, score, rank
+                          FROM ranked JOIN cuts USING ("group") JOIN scored ON scored.rowid = place
+                          WHERE rank <= k ORDER BY place)
+                    TO {ranking.quoted(str(path))} (FORMAT parquet)"""
             )
-        for shard, table in _by_shard(pq.ParquetFile(path).iter_batches(batch_size=1 << 16)):
-            yield self.shards[shard], table
+        with pq.ParquetFile(path) as file:
+            for shard, table in _by_shard(file.iter_batches(batch_size=1 << 16), self._ends):
+                yield self.shards[shard], table
 
     def histograms(self, bins: int = 60) -> dict[str, Histogram]:
         """Histograms of the scores, by group, over one range common to all groups."""
@@ -197,15 +216,15 @@ class Choice:
         """The windows of `group` with ranks `first` to `last`, both included, best first."""
         names = [term.column for term in self.rule.terms]
         rows = self._database.execute(
-            f"""SELECT shard, row, window_id, n_tokens, rank, score, rank <= k{_columns(names)}
-                FROM ranked JOIN cuts USING ("group")
-                WHERE "group" = ? AND rank BETWEEN ? AND ? ORDER BY rank""",
+            f"""SELECT place, scored.window_id, ranked.n_tokens, rank, score, rank <= k{_columns(names)}
+                FROM ranked JOIN cuts USING ("group") JOIN scored ON scored.rowid = place
+                WHERE ranked."group" = ? AND rank BETWEEN ? AND ? ORDER BY rank""",
             [group, first, last],
         ).fetchall()
         return [
             RankedWindow(
                 shard=self.shards[shard],
-                row=row,
+                row=place - (self._ends[shard - 1] if shard else 0),
                 window_id=window_id,
                 n_tokens=n_tokens,
                 rank=rank,
@@ -213,13 +232,15 @@ class Choice:
                 kept=kept,
                 columns=dict(zip(names, columns, strict=True)),
             )
-            for shard, row, window_id, n_tokens, rank, score, kept, *columns in rows
+            for place, window_id, n_tokens, rank, score, kept, *columns in rows
+            for shard in [bisect.bisect_right(self._ends, place)]
         ]
 
     def close(self) -> None:
         """Remove the ranking from disk."""
         self._database.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
 
     def __enter__(self) -> Choice:
         return self
@@ -237,6 +258,9 @@ def choose(
     keep: float | None = None,
     budget: int | None = None,
     mix: Mapping[str, float] | None = None,
+    overlap: bool = True,
+    dedup: Literal["exact"] | None = None,
+    windows: Path | None = None,
     threads: int | None = None,
 ) -> Choice:
     """Rank the windows of a scores table within their groups and decide which to keep.
@@ -244,7 +268,8 @@ def choose(
     Rank 1 is the best score of its group; equal scores are ordered by window id, then by place in the table.
     Rows whose status is not "ok", or with a null or non-finite column, are counted as failed and never kept.
     The result depends on the table alone: not on the number of threads, nor on the run.
-    The ranking lies in a folder of its own under TMPDIR until the choice is closed, about 60 bytes a window.
+    The ranking lies in memory and, above 2 GB, in a hidden folder beside `scores` until the choice is closed, about
+    150 bytes a window.
 
     Args:
         scores: folder of the score files (`longsift.tables.SCORE_KEYS` and the rule's columns).
@@ -253,49 +278,75 @@ def choose(
         budget: tokens to keep: the same top share of every group, as much as fits.
         mix: share of the kept tokens by group, of `budget` or of `keep` · all measured tokens. Groups that it
             does not name share what is left, the same top share of each; nothing when the shares sum to 1.
-        threads: of DuckDB; all cores by default.
+        overlap: rank windows by their score alone. Otherwise a window that overlaps a better one of its document, which
+            does not stand behind itself, stands behind all windows of its group that do not: it is kept where a
+            group has too few others only. Of two with equal scores the first in the document is the better.
+        dedup: "exact" takes one of all measured windows with the same token ids, whatever their groups: that whose
+            window id comes first. The others are counted apart, and nothing else depends on them.
+        windows: folder of the windows table, to see overlaps where the score files have no column `start`, as
+            those of earlier versions.
+        threads: of DuckDB; all cores, up to 8, by default.
 
     Raises:
         UsageError: not exactly one of keep and budget; a value out of range; a mix that sums to more than 1,
             or names a group that the table does not have.
         OutputError: the folder has no score files, or they lack a column of the rule, or hold lists of several
-            lengths where it takes each element by itself.
+            lengths where it takes each element by itself; or there is nothing to see overlaps or duplicates by.
     """
     check_request(keep, budget, mix)
-    files = parquet_files(scores)
+    if dedup not in (None, "exact"):
+        raise UsageError(f"--dedup takes exact, not '{dedup}'.")
     names = [term.column for term in rule.terms]
-    _check_table(scores, files, names)
-    folder = Path(tempfile.mkdtemp(prefix="longsift-selection-"))
+    files = parquet_files(scores)
+    rows, columns = _footers(scores, files)
+    _check_columns(scores, columns, [*ranking.COLUMNS, *names])
+    if dedup and "ids_hash" not in columns:
+        raise OutputError(
+            f"The scores in {scores} have no column ids_hash: an earlier version made them. "
+            "Select without --dedup, or score again with --overwrite."
+        )
+    starts = None if overlap or "start" in columns else _windows_files(scores, files, windows)
+    folder, lock = _make_folder(scores.parent)
     database = duckdb.connect(
-        str(folder / "ranking.duckdb"),
+        ":memory:",
         config={
             "memory_limit": _MEMORY,
+            "threads": str(threads or min(os.cpu_count() or 1, _THREADS)),
             "temp_directory": str(folder / "spill"),
+            "preserve_insertion_order": "true",
             "autoinstall_known_extensions": "false",
             "autoload_known_extensions": "false",
-        }
-        | ({} if threads is None else {"threads": str(threads)}),
+        },
     )
     try:
-        elements = _elements(database, files, rule)
-        _load(database, files, rule, elements)
-        _summarise(database, len(names), elements)
-        _rank(database, rule, elements)
-        quotas = _decide(database, keep, budget, mix)
+        elements = ranking.find_elements(database, files, rule)
+        ranking.load(database, files, rule, elements, places=not overlap, hashes=dedup is not None, windows=starts)
+        if dedup:
+            ranking.leave_out_copies(database)
+        ranking.summarise(database, len(names), elements, copies=dedup is not None)
+        score = ranking.score_formula(rule, elements)
+        if not overlap:
+            ranking.set_behind(database, score)
+        ranking.rank(database, score, overlap=overlap)
+        quotas = ranking.decide(database, keep, budget, mix)
         return Choice(
             rule=rule,
             keep=keep,
             budget=budget,
             mix=None if mix is None else dict(mix),
+            scores=scores,
             shards=tuple(path.stem for path in files),
             groups=_groups(database, names),
             quotas=quotas,
+            _ends=tuple(accumulate(rows)),
             _database=database,
             _folder=folder,
+            _lock=lock,
         )
     except BaseException as error:
         database.close()
         shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
         if isinstance(error, duckdb.Error):
             raise OutputError(
                 f"The scores in {scores} could not be read ({error}). Score again with --overwrite."
@@ -308,8 +359,10 @@ def select_table(
 ) -> pa.Table:
     """As `choose`, for a scores table in memory: its kept rows with `score` and `rank`, by group, best first."""
     with tempfile.TemporaryDirectory(prefix="longsift-scores-") as folder:
-        pq.write_table(scores, Path(folder) / "scores.parquet")
-        with choose(Path(folder), rule, keep=keep, budget=budget) as choice:
+        table = Path(folder) / "scores"
+        table.mkdir()
+        pq.write_table(scores, table / "scores.parquet")
+        with choose(table, rule, keep=keep, budget=budget) as choice:
             chosen = pa.concat_tables([_CHOSEN.empty_table(), *(table for _, table in choice.chosen())])
     kept = scores.take(chosen["row"])
     for name in ("score", "rank"):
@@ -336,16 +389,28 @@ def check_request(keep: float | None, budget: int | None, mix: Mapping[str, floa
     wrong = [f"{group}={share}" for group, share in mix.items() if not 0 <= share <= 1]
     if wrong:
         raise UsageError(f"--mix takes shares from 0 to 1, not {', '.join(wrong)}.")
-    total = sum(map(_exact, mix.values()))
-    if total > 1 + _MIX_TOLERANCE:
+    total = sum(map(ranking.exact, mix.values()))
+    if total > 1 + ranking.MIX_TOLERANCE:
         raise UsageError(f"The shares of --mix sum to {float(total):g}; lower them to at most 1.")
 
 
-def _check_table(scores: Path, files: Sequence[Path], names: Sequence[str]) -> None:
+def _footers(scores: Path, files: Sequence[Path]) -> tuple[list[int], set[str]]:
+    """Rows of each score file, and the columns that all of them have."""
     if not files:
         raise OutputError(f"{scores} holds no scores. Run 'longsift score' first.")
-    present = pq.read_schema(files[0]).names
-    missing = [name for name in (*SCORE_KEYS.names, *names) if name not in present]
+    rows, columns = [], []
+    for path in files:
+        try:
+            with pq.ParquetFile(path) as file:
+                rows.append(file.metadata.num_rows)
+                columns.append(set(file.schema_arrow.names))
+        except (OSError, pa.ArrowException) as error:
+            raise OutputError(f"{path} could not be read ({error}). Score again with --overwrite.") from error
+    return rows, set.intersection(*columns)
+
+
+def _check_columns(scores: Path, columns: set[str], needed: Sequence[str]) -> None:
+    missing = [name for name in needed if name not in columns]
     if missing:
         raise OutputError(
             f"The scores in {scores} have no column {', '.join(missing)}. "
@@ -353,237 +418,88 @@ def _check_table(scores: Path, files: Sequence[Path], names: Sequence[str]) -> N
         )
 
 
-def _elements(database: Any, files: Sequence[Path], rule: ScoreRule) -> dict[int, list[str]]:
-    """Columns for the elements of each list that is taken by element, by the term's place in the rule."""
-    elements = {}
-    for i, term in enumerate(rule.terms):
-        if term.each:
-            column = _name(term.column)
-            fewest, most = database.execute(
-                f"SELECT min(len({column})), max(len({column})) FROM read_parquet(?) WHERE status = 'ok'",
-                [[str(path) for path in files]],
-            ).fetchone()
-            if fewest != most:
-                raise OutputError(
-                    f"The windows have {fewest} to {most} numbers in {term.column}, which are compared one by one and "
-                    "must be as many in all. In a short window more layers see far: score with --layers that do so in "
-                    "every window, or select with --layer-aggregation mean."
-                )
-            elements[i] = [f"c{i}_{j}" for j in range(most or 0)]
-    return elements
-
-
-def _load(database: Any, files: Sequence[Path], rule: ScoreRule, elements: Mapping[int, Sequence[str]]) -> None:
-    """Table `scored`: one row a window, its measures as c0, c1, …; a list's elements as c0_0, c0_1, …"""
-    values = {}
-    for i, term in enumerate(rule.terms):
-        if term.each:
-            values[f"c{i}"] = f"list_avg({_name(term.column)})"
-            values |= {part: f"{_name(term.column)}[{j + 1}]" for j, part in enumerate(elements[i])}
-        else:
-            values[f"c{i}"] = _name(term.column)
-    measures = [f"{value}::DOUBLE AS {column}" for column, value in values.items()]
-    usable = " AND ".join(["status = 'ok'", *(f"isfinite({value}::DOUBLE)" for value in values.values())])
-    paths = [str(path) for path in files]
-    database.execute(
-        f"""CREATE TABLE scored AS
-            SELECT shard, file_row_number AS row, window_id, "group", n_tokens::BIGINT AS n_tokens,
-                   {", ".join(measures)}, coalesce({usable}, false) AS ok
-            FROM read_parquet(?, filename = true, file_row_number = true)
-            JOIN (SELECT unnest(?) AS filename, unnest(range(?))::INTEGER AS shard) USING (filename)
-            ORDER BY shard, row""",
-        [paths, paths, len(paths)],
-    )
-
-
-def _summarise(database: Any, terms: int, elements: Mapping[int, Sequence[str]]) -> None:
-    """Table `summary`: one row a group, with the spread of the terms' columns first."""
-    spreads = "".join(
-        f""", favg({c}) FILTER (ok) AS mean_{c}, stddev_pop({c}) FILTER (ok) AS std_{c},
-              min({c}) FILTER (ok) AS min_{c}, max({c}) FILTER (ok) AS max_{c}"""
-        for c in (*(f"c{i}" for i in range(terms)), *chain.from_iterable(elements.values()))
-    )
-    # A sum of floats depends on the order of its terms, and so on how threads share the rows. One thread
-    # reads the table in the order of shard and row, and gives the same means on every run.
-    threads = database.execute("SELECT current_setting('threads')").fetchone()[0]
-    database.execute("SET threads = 1")
-    database.execute(
-        f"""CREATE TABLE summary AS
-            SELECT "group", count(*) FILTER (ok) AS windows,
-                   coalesce(sum(n_tokens) FILTER (ok), 0)::BIGINT AS tokens,
-                   count(*) FILTER (NOT ok) AS failed{spreads}
-            FROM scored GROUP BY "group" ORDER BY "group" """
-    )
-    database.execute(f"SET threads = {threads}")
-
-
-def _rank(database: Any, rule: ScoreRule, elements: Mapping[int, Sequence[str]]) -> None:
-    """Table `ranked`: every measured window with its score and rank."""
-    score = " + ".join(
-        f"{float(term.weight)!r}::DOUBLE * {_value(elements.get(i, [f'c{i}']), rule.normalize)}"
-        for i, term in enumerate(rule.terms)
-    )
-    parts = "".join(f", {part}" for part in chain.from_iterable(elements.values()))
-    database.execute(
-        f"""CREATE TABLE ranked AS
-            SELECT *, row_number() OVER (
-                          PARTITION BY "group" ORDER BY score DESC, window_id, shard, row) AS rank
-            FROM (SELECT scored.* EXCLUDE (ok{parts}), {score} AS score FROM scored JOIN summary USING ("group")
-                  WHERE ok)"""
-    )
-    database.execute("DROP TABLE scored")
-
-
-def _value(columns: Sequence[str], normalize: str) -> str:
-    """The mean of the normalised columns; of none, which is so when no window was measured, nothing."""
-    total = " + ".join(_normalized(column, normalize) for column in columns)
-    return f"(({total}) / {len(columns)})" if columns else "NULL::DOUBLE"
-
-
-def _normalized(c: str, normalize: str) -> str:
-    if normalize == "none":
-        return c
-    if normalize == "minmax":
-        return f"(CASE WHEN max_{c} > min_{c} THEN ({c} - min_{c}) / (max_{c} - min_{c}) ELSE 0 END)"
-    # The range decides what is constant: rounding can leave a constant column a deviation of its own.
-    return f"(CASE WHEN max_{c} > min_{c} AND std_{c} > 0 THEN ({c} - mean_{c}) / std_{c} ELSE 0 END)"
-
-
-def _decide(
-    database: Any, keep: float | None, budget: int | None, mix: Mapping[str, float] | None
-) -> tuple[Quota, ...]:
-    """Table `cuts`: how many windows, k, each group keeps; returns the quotas that led to it."""
-    sizes: dict[str, tuple[int, int]] = {
-        group: (windows, tokens)
-        for group, windows, tokens in database.execute(
-            'SELECT "group", windows, tokens FROM summary ORDER BY "group"'
-        ).fetchall()
-    }
-    if keep is not None and mix is None:
-        cuts = {group: math.ceil(_exact(keep) * windows) for group, (windows, _) in sizes.items()}
-        _store_cuts(database, cuts)
-        return ()
-
-    available = sum(tokens for _, tokens in sizes.values())
-    total = budget if budget is not None else math.floor(_exact(keep or 0) * available)
-    pools = _pools(sorted(sizes), mix)
-    quotas = [math.floor(share * total) for _, share in pools]
-    members = [(group, pool) for pool, (groups, _) in enumerate(pools) for group in groups]
-    # In the order of rank/windows, every prefix holds the same top share of each group of the pool.
-    rows = database.execute(
-        """WITH pools AS (
-               SELECT unnest(?::VARCHAR[]) AS "group", unnest(?::INTEGER[]) AS pool,
-                      unnest(?::BIGINT[]) AS quota)
-           SELECT "group", count(*) FROM (
-               SELECT "group", quota, sum(n_tokens) OVER (
-                   PARTITION BY pool ORDER BY rank / windows, "group" ROWS UNBOUNDED PRECEDING) AS running
-               FROM ranked JOIN summary USING ("group") JOIN pools USING ("group"))
-           WHERE running <= quota GROUP BY "group" """,
-        [
-            [group for group, _ in members],
-            [pool for _, pool in members],
-            [quotas[pool] for _, pool in members],
-        ],
-    ).fetchall()
-    cuts = dict.fromkeys(sizes, 0) | dict(rows)
-    _store_cuts(database, cuts)
-    kept = dict(
-        database.execute(
-            """SELECT "group", sum(n_tokens)::BIGINT FROM ranked JOIN cuts USING ("group")
-               WHERE rank <= k GROUP BY ALL"""
-        ).fetchall()
-    )
-    result = []
-    for (groups, share), quota in zip(pools, quotas, strict=True):
-        taken = sum(kept.get(group, 0) for group in groups)
-        exhausted = all(cuts[group] == sizes[group][0] for group in groups)
-        result.append(Quota(groups, float(share), quota, taken, quota - taken if exhausted else 0))
-    return tuple(result)
-
-
-def _pools(groups: Sequence[str], mix: Mapping[str, float] | None) -> list[tuple[tuple[str, ...], Fraction]]:
-    if mix is None:
-        return [(tuple(groups), Fraction(1))]
-    unknown = sorted(set(mix) - set(groups))
-    if unknown:
-        raise UsageError(
-            f"--mix names groups that the scores do not have: {', '.join(unknown)}. "
-            f"They have: {', '.join(groups[:20])}{', …' if len(groups) > 20 else ''}."
+def _windows_files(scores: Path, files: Sequence[Path], windows: Path | None) -> list[Path]:
+    found = [] if windows is None else [windows / path.name for path in files]
+    if not found or not all(path.is_file() for path in found):
+        raise OutputError(
+            f"The scores in {scores} have no column start, since an earlier version made them, and "
+            f"{windows or 'OUT/windows'} does not hold their windows: overlaps are not known. Select with --overlap."
         )
-    pools: list[tuple[tuple[str, ...], Fraction]] = [((group,), _exact(share)) for group, share in mix.items()]
-    rest = 1 - sum(map(_exact, mix.values()), Fraction(0))
-    if rest > _MIX_TOLERANCE:
-        pools.append((tuple(group for group in groups if group not in mix), rest))
-    return pools
+    return found
 
 
-def _store_cuts(database: Any, cuts: Mapping[str, int]) -> None:
-    database.execute(
-        'CREATE TABLE cuts AS SELECT unnest(?::VARCHAR[]) AS "group", unnest(?::BIGINT[]) AS k',
-        [list(cuts), list(cuts.values())],
-    )
+def _make_folder(parent: Path) -> tuple[Path, IO[str]]:
+    """A new folder for a ranking and its lock; those whose process was killed are removed."""
+    for leftover in parent.glob(f"{_FOLDER}*/lock"):
+        with leftover.open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            shutil.rmtree(leftover.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=parent))
+    lock = (folder / "new").open("a")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / "new").rename(folder / "lock")  # others see it locked
+    return folder, lock
 
 
 def _groups(database: Any, names: Sequence[str]) -> tuple[GroupChoice, ...]:
     rows = database.execute(
-        """SELECT "group", windows, tokens, failed, coalesce(kept, 0), coalesce(kept_tokens, 0),
-                  best, cut, worst, summary.* EXCLUDE ("group", windows, tokens, failed)
-           FROM summary LEFT JOIN (
-               SELECT "group", count(*) FILTER (rank <= k) AS kept,
-                      sum(n_tokens) FILTER (rank <= k)::BIGINT AS kept_tokens,
+        """WITH choices AS (
+               SELECT "group", count(*) FILTER (behind) AS behind, count(*) FILTER (rank <= k) AS kept,
+                      coalesce(sum(n_tokens) FILTER (rank <= k), 0)::BIGINT AS kept_tokens,
                       max(score) AS best, min(score) FILTER (rank <= k) AS cut, min(score) AS worst
-               FROM ranked JOIN cuts USING ("group") GROUP BY "group") USING ("group")
+               FROM ranked JOIN cuts USING ("group") GROUP BY "group"),
+           passed AS (
+               SELECT "group", count(*) AS passed_over
+               FROM ranked JOIN cuts USING ("group") JOIN choices USING ("group")
+               WHERE ranked.behind AND rank > k AND score >= cut GROUP BY "group")
+           SELECT "group", windows, tokens, failed, duplicates, coalesce(behind, 0), coalesce(passed_over, 0),
+                  coalesce(kept, 0), coalesce(kept_tokens, 0), best, cut, worst,
+                  summary.* EXCLUDE ("group", windows, tokens, failed, duplicates)
+           FROM summary LEFT JOIN choices USING ("group") LEFT JOIN passed USING ("group")
            ORDER BY "group" """
     ).fetchall()
+    counts = [item.name for item in fields(GroupChoice)][:-1]
     return tuple(
         GroupChoice(
-            group=row[0],
-            windows=row[1],
-            tokens=row[2],
-            failed=row[3],
-            kept=row[4],
-            kept_tokens=row[5],
-            best=row[6],
-            cut=row[7],
-            worst=row[8],
-            columns={name: Spread(*row[9 + 4 * i : 13 + 4 * i]) for i, name in enumerate(names) if row[1]},
+            **dict(zip(counts, row, strict=False)),
+            columns={
+                name: Spread(*row[len(counts) + 4 * i : len(counts) + 4 * i + 4])
+                for i, name in enumerate(names)
+                if row[1]
+            },
         )
         for row in rows
     )
 
 
-def _by_shard(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.Table]]:
-    """Cut a stream that is sorted by `shard` into one table a shard."""
+def _by_shard(batches: Iterator[pa.RecordBatch], ends: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
+    """Cut a stream that is sorted by `place` into one table a shard, whose `row` counts from the shard's first."""
     current: int | None = None
     pieces: list[pa.RecordBatch] = []
+
+    def table(shard: int) -> pa.Table:
+        whole = pa.Table.from_batches(pieces)
+        row = pc.subtract(whole["place"], ends[shard - 1] if shard else 0)
+        return whole.set_column(0, "row", row).cast(_CHOSEN)
+
     for batch in batches:
-        shards = batch.column("shard").to_numpy()
+        places = batch.column("place").to_numpy()
         start = 0
-        while start < len(shards):
-            shard = int(shards[start])
-            end = int(shards.searchsorted(shard, side="right"))
+        while start < len(places):
+            shard = bisect.bisect_right(ends, places[start])
+            end = int(places.searchsorted(ends[shard]))
             if current is not None and shard != current:
-                yield current, pa.Table.from_batches(pieces).select(_CHOSEN.names).cast(_CHOSEN)
+                yield current, table(current)
                 pieces = []
             current = shard
             pieces.append(batch.slice(start, end - start))
             start = end
     if current is not None:
-        yield current, pa.Table.from_batches(pieces).select(_CHOSEN.names).cast(_CHOSEN)
-
-
-def _exact(value: float) -> Fraction:
-    """The decimal number that was written: 0.1 of 30 windows is 3, not the 3.0000000000000004 of floats."""
-    return Fraction(str(value))
+        yield current, table(current)
 
 
 def _columns(names: Sequence[str]) -> str:
     return "".join(f", c{i}" for i in range(len(names)))
-
-
-def _name(column: str) -> str:
-    return '"' + column.replace('"', '""') + '"'
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"

@@ -155,7 +155,9 @@ def _funnel(manifest: Mapping[str, Any], choice: Choice) -> list[tuple[str, list
                 windows("Cut", cut, None if sampled else counts["tokens"]),
                 *sampled,
                 windows("Failed", choice.failed, lost=True),
+                *([windows("Same tokens as another", choice.duplicates, lost=True)] if choice.duplicates else []),
                 windows("Scored", choice.windows, choice.tokens),
+                *([windows("Overlap a better one", choice.passed_over, lost=True)] if choice.passed_over else []),
                 windows("Selected", choice.kept, choice.kept_tokens),
             ],
         ),
@@ -195,8 +197,11 @@ def _quarantine(folder: Path) -> list[dict[str, Any]]:
 
 
 def _shelves(choice: Choice, group: GroupChoice) -> list[tuple[str, list[RankedWindow]]]:
-    """Windows worth reading: the best, those on both sides of the cut, and the worst; none twice."""
-    n, k = group.windows, group.kept
+    """Windows worth reading: the best, those on both sides of the cut, and the worst; none twice.
+
+    Those that stand behind for an overlap are left out: their ranks do not go with their scores.
+    """
+    n, k = group.windows - group.behind, group.kept
     shelves = []
     after = 0
     for title, first, last in (
