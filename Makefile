@@ -3,6 +3,7 @@
 # make lint   style and types
 # make bench  the benchmarks of a CPU
 # make test-gpu    the tests of a GPU, in a Python that sees one (PYTHON=…)
+# make test-slow   the tests that take minutes, and 1 GB of disk
 # make test-slurm  the tests of Slurm, on one that they start here; needs Debian's slurm-wlm and munge, and root
 # make bench-gpu   the benchmarks of a GPU, in a Python that sees one (PYTHON=…)
 PYTHON ?= python3
@@ -16,7 +17,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: setup demo test test-gpu test-slurm lint bench bench-gpu screenshot clean
+.PHONY: setup demo test test-gpu test-slow test-slurm lint bench bench-gpu screenshot clean
 setup: .venv/ready
 
 demo: setup
@@ -33,6 +34,9 @@ test: setup
 # Only the files that hold such tests, since others need packages that such a machine may lack.
 test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu $$(grep -rl mark.gpu tests --include='test_*.py' | sort)
+
+test-slow: setup
+	$(BIN)/pytest -m slow -rP
 
 test-slurm: setup
 	$(BIN)/pytest -m slurm -rs tests/engines/test_slurm.py
