@@ -1,0 +1,99 @@
+"""Large inputs take bounded memory: the peak of a process of its own, of all that it holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from conftest import library_text
+from test_pipeline import table
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc"),
+]
+MOST = 1500  # MB, of a process with the embedded calculator
+GIGABYTE = 1 << 30
+
+
+def peak_of(code: str, *arguments: object) -> int:
+    """Run Python code in a process of its own; returns the most memory that it had, in MB."""
+    # Not ru_maxrss, which begins with what the process had that started this one.
+    tell = "print('peak', next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    command = [sys.executable, "-c", f"{code}\n{tell}", *map(str, arguments)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return int(process.stdout.rpartition("peak ")[2]) >> 10
+
+
+def peak_of_command(*arguments: object) -> int:
+    code = "import sys; from longsift.cli import app; app(sys.argv[1:], standalone_mode=False)"
+    return peak_of(code, *arguments)
+
+
+def row(text: str) -> bytes:
+    return json.dumps({"id": "after", "text": text}).encode() + b"\n"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.zst"])
+def test_a_line_of_a_gigabyte_is_set_aside_and_the_next_is_scored(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"rows.{ending}"
+    begin, end, after = b'{"text": "', b'"}\n', row(library_text("argparse.py")[:60_000])
+    if ending == "jsonl":
+        with path.open("wb") as file:
+            file.write(begin)
+            file.seek(GIGABYTE)  # a hole, which takes no room on the disk
+            file.write(end + after)
+    else:
+        with zstandard.open(path, "wb") as file:
+            file.write(begin)
+            for _ in range(1024):
+                file.write(b"far away " * (GIGABYTE // 1024 // 9))
+            file.write(end + after)
+    out = tmp_path / "out"
+    peak = peak_of_command("run", path, "-o", out, "--window", 4096, "--max-bad", 1, "--keep", 1, "-q")
+    print(f"{ending}: {peak} MB")
+    assert peak <= MOST
+    assert [(r["row"], r["reason"]) for r in table(out / "quarantine").to_pylist()] == [
+        (0, "longer than 33,554,432 bytes")
+    ]
+    assert set(table(out / "scores")["doc_id"].to_pylist()) == {"after"}
+    assert set(table(out / "scores")["status"].to_pylist()) == {"ok"}
+
+
+@pytest.mark.parametrize("mark", ["", "\U0001f600"], ids=["ASCII", "one emoji"])
+def test_the_longest_document_that_is_not_set_aside_is_cut_in_bounded_memory(tmp_path: Path, mark: str) -> None:
+    text = library_text("argparse.py") + mark
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(row(text * (31 * (1 << 20) // len(json.dumps(text)))))
+    peak = peak_of_command("windows", path, "-o", tmp_path / "out", "--window", 4096, "-q")
+    print(f"{path.stat().st_size:,} bytes: {peak} MB")
+    assert peak <= MOST
+    assert len(table(tmp_path / "out" / "windows")) > 1000
+
+
+def test_a_million_parquet_rows_are_all_read_in_bounded_memory(tmp_path: Path) -> None:
+    n = 1_000_000
+    text = pa.array([f"{i} {'words of a row ' * 20}" for i in range(1000)] * (n // 1000))
+    ids = pa.array(range(n))
+    pq.write_table(pa.table({"text": text, "id": ids}), tmp_path / "rows.parquet", use_dictionary=False)
+    code = """
+import sys
+from longsift.documents import Document, ReadOptions, find_sources, read_documents
+[source] = find_sources(sys.argv[1:])
+count = 0
+for count, row in enumerate(read_documents(source, ReadOptions()), start=1):
+    assert isinstance(row, Document) and row.doc_id == str(row.row) == str(count - 1)
+assert count == 1_000_000
+"""
+    peak = peak_of(code, tmp_path / "rows.parquet")
+    print(f"{peak} MB")
+    assert peak <= 500
