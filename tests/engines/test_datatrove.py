@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import sys
 
@@ -13,7 +14,6 @@ import torch
 
 import longsift
 from longsift.errors import UsageError
-from longsift.options import SelectOptions
 
 pytest.importorskip("datatrove", reason="needs longsift[datatrove]")
 
@@ -84,17 +84,19 @@ def test_a_pipeline_of_two_tasks_gives_the_bits_of_a_run_and_leaves_all_else(cor
     assert (counted["windows ok"], counted["tokens"]["total"]) == (len(scores), ladm["window"] * len(scores))
 
 
-def test_windows_apart_are_filtered_as_longsift_selects_them(corpus, ladm, run, table, tmp_path):
-    kept_share = 0.3
-    longsift.select(run, SelectOptions(keep=kept_share))
-    windows, selected = table("windows"), table("selected")
+def test_the_best_share_of_every_group_of_windows_is_kept(corpus, ladm, table, tmp_path):
+    windows, scores = table("windows"), table("scores")
+    best: set[str] = set()
+    for group in ("code", "mixed"):
+        own = sorted((row for row in scores.values() if row["group"] == group), key=lambda row: -row["cds"])
+        best |= {row["window_id"] for row in own[: math.ceil(0.3 * len(own))]}
     LocalPipelineExecutor(
         [JsonlReader(str(corpus)), AttentionScores(**ladm, per="window"), JsonlWriter(str(tmp_path / "scored"))],
         tasks=2,
         workers=1,
         logging_dir=str(tmp_path / "logs"),
     ).run()
-    least = thresholds(JsonlReader(str(tmp_path / "scored")).run(), kept_share, column="cds")
+    least = thresholds(JsonlReader(str(tmp_path / "scored")).run(), 0.3, column="cds")
     assert least.keys() == {"code", "mixed"}
     LocalPipelineExecutor(
         [
@@ -108,11 +110,11 @@ def test_windows_apart_are_filtered_as_longsift_selects_them(corpus, ladm, run, 
     ).run()
     kept = {document.id: document for document in JsonlReader(str(tmp_path / "kept")).run()}
     dropped = {document.id: document for document in JsonlReader(str(tmp_path / "dropped")).run()}
-    assert kept.keys() == selected.keys()
+    assert kept.keys() == best
     assert kept.keys() | dropped.keys() == {*windows, "mixed-5"}
     for name, document in kept.items():
         assert document.text == windows[name]["text"]
-        assert document.metadata["longsift"]["cds"] == selected[name]["score"]
+        assert document.metadata["longsift"]["cds"] == scores[name]["cds"]
         assert document.metadata["stars"] == json.loads(windows[name]["metadata"])["stars"]
     reasons = {name: document.metadata["filter_reason"] for name, document in dropped.items()}
     assert reasons.pop("mixed-5") == "too_short"

@@ -182,8 +182,9 @@ def thresholds(
 ) -> dict[str, float]:
     """The thresholds at which an `AttentionFilter` keeps the best share of every group.
 
-    As `longsift select --keep`, it keeps ⌈keep · n⌉ of a group's n documents (or windows) that have a score, and with
-    them those that score the same as the last. Memory holds 8 bytes a document.
+    It keeps ⌈keep · n⌉ of a group's n documents (or windows) that have a score, and with them those that score the same
+    as the last. Windows of one document that overlap are two; `longsift select` tells them. Memory holds 8 bytes a
+    document.
 
     Args:
         documents: scored ones, such as a reader gives: `thresholds(JsonlReader("scored").run(), 0.125)`.
