@@ -197,7 +197,7 @@ def run(
     if engine.engine == "slurm":
         from longsift.engines import slurm
 
-        slurm.check(scores)
+        slurm.check(out, scores)
         pipeline.check_flags(model, windows, scores, selection)
         pipeline.cut(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
         _print(slurm.submit(out, model, scores, engine, selection, max_bad=windows.max_bad), as_json)
@@ -259,7 +259,7 @@ def score(
     if engine.engine == "slurm":
         from longsift.engines import slurm
 
-        slurm.check(scores)
+        slurm.check(out or inputs[0], scores)
         folder = pipeline.prepare_windows(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
         _print(slurm.submit(folder, model, scores, engine, max_bad=windows.max_bad, overwrite=overwrite), as_json)
         return

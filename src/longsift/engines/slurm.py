@@ -1,6 +1,6 @@
 """The Slurm engine: a job array scores the windows of a run folder, through datatrove's executor.
 
-A task scores every n-th windows file that has no scores yet, and records each as the local engine does. The job that
+A task scores every n-th of the windows files without scores, and records each as the local engine does. The job that
 depends on the array finds all of them done, and finishes the run as the same command would have without Slurm. The
 run folder and the calculator must be seen under the same paths by all nodes.
 """
@@ -25,7 +25,7 @@ from longsift.options import EngineOptions, ModelOptions, ScoreOptions, SelectOp
 from longsift.scoring import Scorer, score_identity
 from longsift.scoring_stage import _check_tokenizer, model_of, windows_to_score
 from longsift.shards import RunFolder, write_json
-from longsift.tables import parquet_files
+from longsift.tables import parquet_files, publish
 
 try:
     from datatrove.executor import SlurmPipelineExecutor
@@ -37,19 +37,27 @@ _MOST_TASKS = 64
 
 
 class ScoreShards(PipelineStep):  # type: ignore[misc]  # datatrove has no types
-    """Score a task's share of the windows files of a run folder; takes and gives no documents."""
+    """Score a task's share of the windows files of a run folder; takes and gives no documents.
+
+    Args:
+        out: the run folder.
+        shards: a file with a line for each file that is to be scored, its name.
+        model, options: what the scorer is made of.
+    """
 
     type = "SCORER"
     name = "longsift shards"
 
-    def __init__(self, out: Path, model: ModelOptions, options: ScoreOptions) -> None:
+    def __init__(self, out: Path, shards: Path, model: ModelOptions, options: ScoreOptions) -> None:
         super().__init__()
-        self.out, self.model, self.options = str(out), model, options
+        self.out, self.shards, self.model, self.options = str(out), str(shards), model, options
 
     def run(self, data: object, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        """Score every `world_size`-th file without scores, from the `rank`-th on."""
+        """Score every `world_size`-th file, from the `rank`-th on, but none that this task has scored before."""
         folder = RunFolder(self.out)
-        mine = _left(folder, parquet_files(folder.windows)[rank::world_size])
+        names = Path(self.shards).read_text("utf-8").splitlines()[rank::world_size]
+        windows, records = folder.windows, folder.path / "shards" / "scores"
+        mine = [windows / name for name in names if not (records / name).with_suffix(".json").exists()]
         if mine:
             scorer = Scorer.from_options(self.model, self.options)
             clock = time.monotonic()
@@ -85,16 +93,18 @@ class FinishRun(PipelineStep):  # type: ignore[misc]
         yield from ()
 
 
-def check(options: ScoreOptions) -> None:
+def check(out: Path | str, options: ScoreOptions) -> None:
     """Find what cannot work before windows are cut.
 
     Raises:
         UsageError: no `sbatch` here, or options of the local engine.
+        OutputError: jobs of an earlier command for the run folder `out` have not ended.
     """
     if shutil.which("sbatch") is None:
         raise UsageError("There is no sbatch here. Run this on a machine that submits to the cluster.")
     if options.device != "auto" or options.workers is not None:
         raise UsageError("--device and --workers go with --engine local; --gpus-per-task and --tasks say it to Slurm.")
+    _check_ended(Path(out) / "jobs")
 
 
 def submit(
@@ -136,10 +146,14 @@ def submit(
         finished = folder.begin("scores", here | {"device": options.device}, overwrite=overwrite)
         if finished and selection is None:
             return {"jobs": [], "tasks": 0, "shards": 0, "logs": None}
-        left = [] if finished else _left(folder, parquet_files(folder.windows))
+        done = folder.records("scores")
+        left = [] if finished else [path for path in parquet_files(folder.windows) if path.stem not in done]
         # An array needs a task, and the last job an array to depend on, where no more is left than to select.
         tasks = max(1, min(engine.tasks or _MOST_TASKS, len(left)))
         logs = jobs / time.strftime("%Y%m%dT%H%M%S")
+        shards = logs / "shards.txt"
+        with publish(shards) as temporary:
+            temporary.write_text("".join(f"{path.name}\n" for path in left), "utf-8")
         executor: dict[str, Any] = {
             "time": engine.time or "24:00:00",
             "partition": engine.partition,
@@ -151,7 +165,7 @@ def submit(
             "sbatch_args": {"kill-on-invalid-dep": "yes", **engine.further()},
         }
         score = SlurmPipelineExecutor(
-            [ScoreShards(folder.path, model, options)],
+            [ScoreShards(folder.path, shards, model, options)],
             tasks=tasks,
             job_name="longsift-score",
             logging_dir=str(logs / "score"),
@@ -175,12 +189,6 @@ def submit(
             numbers = [str(each.job_id) for each in (score, finish) if each.job_id is not None]
             write_json(jobs / "slurm.json", {"jobs": numbers})
     return {"jobs": numbers, "tasks": tasks, "shards": len(left), "logs": str(logs)}
-
-
-def _left(folder: RunFolder, windows: list[Path]) -> list[Path]:
-    """The windows files that have no scores, or no record of them."""
-    done = folder.records("scores")
-    return [path for path in windows if path.stem not in done or not (folder.scores / path.name).exists()]
 
 
 def _check_ended(jobs: Path) -> None:
