@@ -170,16 +170,17 @@ def set_behind(database: Any, score: str) -> None:
     order = "PARTITION BY document ORDER BY place"
     database.execute(
         f"""CREATE TABLE behind AS
-            WITH near AS (
-                SELECT place, document, score, lag(score) OVER ({order}) AS before, lead(score) OVER ({order}) AS after,
-                       coalesce(place = lag(place) OVER ({order}) + 1 AND start > lag(start) OVER ({order}) AND
-                                start < lag(start + n_tokens) OVER ({order}) - {_SPECIAL_TOKENS}, false) AS touches
-                FROM (SELECT scored.rowid AS place, document, start, n_tokens, {score} AS score
+            WITH steps AS (
+                SELECT place, document,
+                       coalesce(lag(score) OVER ({order}) >= score AND place = lag(place) OVER ({order}) + 1 AND
+                                start > lag(start) OVER ({order}) AND start < lag(ending) OVER ({order}),
+                                false) AS up_before,
+                       coalesce(lead(score) OVER ({order}) > score AND place = lead(place) OVER ({order}) - 1 AND
+                                start < lead(start) OVER ({order}) AND lead(start) OVER ({order}) < ending,
+                                false) AS up_after
+                FROM (SELECT scored.rowid AS place, document, start, start + n_tokens - {_SPECIAL_TOKENS} AS ending,
+                             {score} AS score
                       FROM scored JOIN summary USING ("group") WHERE ok)),
-            steps AS (
-                SELECT place, document, touches AND before >= score AS up_before,
-                       coalesce(lead(touches) OVER ({order}), false) AND coalesce(after > score, false) AS up_after
-                FROM near),
             runs AS (
                 SELECT place,
                        place - max(place) FILTER (NOT up_before) OVER (
