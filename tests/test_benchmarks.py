@@ -144,6 +144,17 @@ def test_long_windows_are_measured_up_to_the_time_that_they_may_take(tmp_path, c
     assert len(picture.findall(".//{*}circle")) == 2
 
 
+def test_selections_are_timed_and_their_processes_weighed(tmp_path):
+    result = figures("selection", tmp_path / "selection.json", "--rows", 3000, "--folder", tmp_path)
+    assert (result["rows"], result["files"]) == (3000, 8)
+    plain, apart, deduplicated = result["selections"]
+    assert {run["kept"] for run in (plain, apart)} == {375}
+    assert plain["passed_over"] == plain["duplicates"] == apart["duplicates"] == 0
+    assert apart["passed_over"] > 0 < deduplicated["duplicates"]
+    assert all(run["seconds"] > 0 and 0.05 < run["peak_memory_gb"] < 2 for run in result["selections"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["selection.json"]
+
+
 def test_a_run_tells_which_targets_are_met_missed_and_not_measured():
     gpu = program("gpu")
     kernel = {"layer": "longattn-8b", "measure": "far statistics", "length": 32768, "dtype": "bfloat16"}
