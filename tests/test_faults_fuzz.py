@@ -34,7 +34,7 @@ ROWS = [
     for i in range(40)
 ]
 LIMIT = 4096  # bytes of a row
-quick = settings(max_examples=120, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
