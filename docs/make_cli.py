@@ -13,8 +13,8 @@ PAGE = Path(__file__).with_name("cli.md")
 HEAD = """# Command line
 
 Written by `python docs/make_cli.py`. Data goes to files or stdout, logs and progress to stderr. Exit codes: 0 done,
-1 failed or too many bad rows, 2 usage, 130 interrupted (the same command goes on where it stopped). A flag that
-`--config FILE` sets is a `flag: value` line of the YAML file; flags on the command line win.
+1 failed or too many bad rows, 2 usage, 130 interrupted, 143 ended by SIGTERM (the same command goes on where it
+stopped). A flag that `--config FILE` sets is a `flag: value` line of the YAML file; flags on the command line win.
 """
 
 

@@ -1,7 +1,7 @@
 """The command line: parse, call one public function, print.
 
 Data goes to files or stdout, logs and progress to stderr. Exit codes: 0 done, 1 failed or too many bad rows,
-2 usage, 130 interrupted.
+2 usage, 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import functools
 import inspect
 import json
 import logging
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,6 +114,28 @@ Config = Annotated[
 ]
 
 
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Have SIGTERM, by which Slurm and others end a run, raise: files and processes are let go before the end."""
+
+    def unwind(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # another one ends it at once
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Register a command that turns longsift's own errors into one line and an exit code.
 
@@ -132,7 +157,8 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             for name, group in groups.items():
                 values[name] = group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
-            function(**values)
+            with _sigterm_unwinds():
+                function(**values)
         except OSError as error:  # a full disk, a folder that cannot be written
             print(f"error: {error}. Once that is mended, the same command goes on where it stopped.", file=sys.stderr)
             raise typer.Exit(1) from None
@@ -142,6 +168,9 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
         except KeyboardInterrupt:
             print("interrupted: run the same command again to go on where it stopped.", file=sys.stderr)
             raise typer.Exit(130) from None
+        except _Terminated:
+            print("ended by SIGTERM: run the same command again to go on where it stopped.", file=sys.stderr)
+            raise typer.Exit(143) from None
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -276,6 +305,9 @@ def select(
     alpha: Annotated[float | None, typer.Option(help="longattn: another weight of uniformity.")] = None,
     normalize: Annotated[str | None, typer.Option(help="longattn: zscore or minmax.")] = None,
     layer_aggregation: Annotated[str | None, typer.Option(help="ladm: mean or zscore.")] = None,
+    without_set_aside: Annotated[
+        bool, typer.Option("--without-set-aside", help="Select though shards that could not be scored are missing.")
+    ] = False,
     config: Config = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -284,7 +316,14 @@ def select(
     """Keep the best windows of every group of a scored run; nothing is scored again."""
     from longsift import pipeline
 
-    result = pipeline.select(out, selection, alpha=alpha, normalize=normalize, layer_aggregation=layer_aggregation)
+    result = pipeline.select(
+        out,
+        selection,
+        alpha=alpha,
+        normalize=normalize,
+        layer_aggregation=layer_aggregation,
+        without_set_aside=without_set_aside,
+    )
     _print(result, as_json)
 
 

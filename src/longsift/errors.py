@@ -7,6 +7,7 @@ LongsiftError
 │   └── UnsupportedModel   an architecture whose attention cannot be measured
 ├── OutputError            an output folder that holds something else
 ├── ProcessLost            a process of a run that ended before its work was done
+├── ShardsSetAside         shards that could not be scored; everything else was done
 └── TooManyBadRows         more rows were quarantined than --max-bad allows
 """
 
@@ -43,6 +44,10 @@ class OutputError(LongsiftError):
 
 class ProcessLost(LongsiftError):
     """A process that worked for a run ended by itself, and trying again did not help."""
+
+
+class ShardsSetAside(LongsiftError):
+    """Shards that could not be scored, tried twice; everything else was still done."""
 
 
 class TooManyBadRows(LongsiftError):

@@ -112,25 +112,32 @@ def select(
     alpha: float | None = None,
     normalize: str | None = None,
     layer_aggregation: str | None = None,
+    without_set_aside: bool = False,
 ) -> dict[str, Any]:
     """Keep the best windows of every group and write them as a data set; nothing is scored again.
 
     Args:
         alpha, normalize: of longattn, in place of those that the run was scored with.
         layer_aggregation: of ladm, likewise.
+        without_set_aside: select from the windows that are scored, though shards of others were set aside.
 
     Returns:
         Totals and a row for each group.
 
     Raises:
         OutputError: the folder has no finished scores.
+        ShardsSetAside: shards of windows could not be scored, and `without_set_aside` is not given.
         UsageError: options that cannot work.
     """
     from longsift.datasets import write_dataset
 
     folder = RunFolder(out)
     changed = {"alpha": alpha, "normalize": normalize, "layer_aggregation": layer_aggregation}
-    identity = _selection_identity(options, changed, folder.section("scores")["identity"])
+    scores = folder.section("scores", incomplete=without_set_aside)
+    identity = _selection_identity(options, changed, scores["identity"])
+    missing = scores.get("set_aside", {"shards": 0, "windows": 0})
+    if missing["shards"]:
+        log.warning("%d windows of %d shards that are set aside are left out", missing["windows"], missing["shards"])
     folder.check_linked_windows()
     with folder.lock():
         with _choose(folder, identity) as choice:
@@ -153,6 +160,7 @@ def select(
                 "of": choice.windows,
                 "kept_tokens": choice.kept_tokens,
                 "failed": choice.failed,
+                "set_aside": missing["windows"],
                 "groups": _group_rows(choice),
             }
             for quota in choice.quotas:

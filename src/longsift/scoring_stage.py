@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import time
-from collections import Counter
+from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from longsift.cutting import load_tokenizer
-from longsift.engines.local import Facts, LocalEngine, Shard, devices, facts_of, score_files
-from longsift.errors import InputError, UsageError
+from longsift.engines.local import Facts, LocalEngine, Shard, devices, facts_of, score_each
+from longsift.errors import InputError, ProcessLost, ShardsSetAside, UsageError
 from longsift.options import ModelOptions, ScoreOptions
 from longsift.progress import Progress
 from longsift.shards import RunFolder
 from longsift.tables import parquet_files
 
 log = logging.getLogger(__name__)
+
+_HOPELESS = 16  # shards set aside with none scored between: then it is not the shards
+_SAY_EVERY = 2.0  # seconds between two notes for `longsift status`
 
 
 class ScoreStage:
@@ -41,6 +47,10 @@ class ScoreStage:
         self._tokens = 0  # that were measured when there was no progress yet
         self._clock = 0.0  # when the last shard was done, or the first begun
         self._longest = 0
+        self._aside_in_a_row = 0
+        self._said = 0.0  # when the last note for `longsift status` was written
+        self._unpublished = 0  # tokens measured of shards that are under way
+        self._here: deque[str] = deque()  # shards that this process itself is to score
 
     def __enter__(self) -> Self:
         return self
@@ -50,12 +60,12 @@ class ScoreStage:
     ) -> None:
         if self._engine is not None:
             self._engine.__exit__(kind, error, trace)
+        self._folder.forget_note()
 
     @property
     def apart(self) -> bool:
         """Whether windows are scored by a GPU, or by other processes: then others can be cut meanwhile."""
-        chosen = devices(self._options)
-        return len(chosen) > 1 or chosen[0] != "cpu"
+        return _apart(devices(self._options))
 
     def offer(self, windows: Path) -> None:
         """Score a windows file while others are still being cut; processes are started at the first.
@@ -84,6 +94,8 @@ class ScoreStage:
             OutputError: no windows, or scores of other parameters.
             InputError: not one window was cut.
             ModelError: a calculator that cannot be loaded, or that does not share the windows' tokenizer.
+            ShardsSetAside: some shards could not be scored; all others are, and the stage ends as "incomplete".
+            ProcessLost: no process could begin, or nothing but failures came.
         """
         windows = windows_to_score(self._folder)
         self._model = model_of(windows, self._model)
@@ -100,9 +112,13 @@ class ScoreStage:
         for record in records:
             reasons.update(record["reasons"])
         counts = {key: sum(record[key] for record in records) for key in ("windows", "failed", "tokens", "seconds")}
-        self._folder.finish(
-            "scores", {"calculator": facts.calculator, "counts": counts, "reasons": dict(reasons.most_common())}
-        )
+        results = {"calculator": facts.calculator, "counts": counts, "reasons": dict(reasons.most_common())}
+        aside = self._folder.shards_set_aside()
+        if aside:
+            missing = {"shards": len(aside), "windows": windows["counts"]["windows"] - counts["windows"]}
+            self._folder.finish("scores", results | {"set_aside": missing}, incomplete=True)
+            raise ShardsSetAside(self._folder.explain_set_aside())
+        self._folder.finish("scores", results)
         return _result(self._folder.section("scores"))
 
     def _begin(self, length: int | None) -> bool:
@@ -111,6 +127,7 @@ class ScoreStage:
         model = self._model
         identity = score_identity(model.model or "embedded", model.revision, self._options, length)
         finished = self._folder.begin("scores", identity, overwrite=self._overwrite)
+        self._folder.forget_set_aside()
         scores = self._folder.scores
         self._done = {name for name in self._folder.records("scores") if (scores / f"{name}.parquet").exists()}
         self._tokens = sum(record["tokens"] for record in self._folder.records("scores").values())
@@ -124,6 +141,7 @@ class ScoreStage:
             devices,
             on_ready=self._start_clock,
             on_done=self._record,
+            on_set_aside=self._set_aside,
             on_advance=self._advance,
         )
         return self._engine.__enter__()
@@ -142,7 +160,7 @@ class ScoreStage:
         processes, gpus = len(chosen), len(set(chosen))  # those on a CPU share one
         where = f" on {gpus} GPUs" if gpus > 1 else f" in {processes} processes" if processes > 1 else ""
         with Progress(f"scores{where}", tokens, "tokens", done=self._tokens, quiet=self._quiet) as self._progress:
-            if self._engine is not None or len(chosen) > 1:
+            if self._engine is not None or _apart(chosen):
                 engine = self._engine or self._start(chosen)
                 for path in left:
                     self._submit(path)
@@ -150,12 +168,21 @@ class ScoreStage:
             from longsift.scoring import Scorer
 
             scorer = Scorer.from_options(self._model, self._options)
+            self._here.extend(path.stem for path in left)
             self._start_clock()
-            for shard in score_files(scorer, left, self._folder.scores, self._advance):
-                self._record(shard)
+            score_each(
+                scorer,
+                left,
+                self._folder.scores,
+                on_done=self._record,
+                on_set_aside=self._set_aside,
+                on_advance=self._advance,
+            )
             return facts_of(scorer)
 
     def _advance(self, tokens: int, windows: int, failed: int) -> None:
+        self._unpublished += tokens
+        self._note()
         if self._progress is None:
             self._tokens += tokens
         else:
@@ -163,13 +190,47 @@ class ScoreStage:
 
     def _start_clock(self) -> None:
         self._clock = time.monotonic()
+        self._note()
+
+    def _note(self) -> None:
+        """Write now and then for `longsift status` what is under way."""
+        if time.monotonic() - self._said < _SAY_EVERY:
+            return
+        self._said = time.monotonic()
+        under_way = list(self._here)[:1] if self._engine is None else self._engine.under_way()
+        process = f"{os.getpid()} on {platform.node()}"
+        with suppress(OSError):  # a disk that is full is the next table's to tell
+            self._folder.note({"process": process, "shards": under_way, "tokens": self._unpublished})
+
+    def _set_aside(self, windows: Path, why: str) -> None:
+        log.warning("the shard %s is set aside: %s", windows.stem, why)
+        self._folder.set_aside(windows.stem, why)
+        self._end(windows.stem)
+        self._aside_in_a_row += 1
+        if self._aside_in_a_row == _HOPELESS:
+            raise ProcessLost(
+                f"{_HOPELESS} shards in a row could not be scored, so it is not the shards: {why}. Those that were "
+                "scored before are kept; once that is mended, the same command goes on where it stopped."
+            )
+
+    def _end(self, shard: str) -> None:
+        with suppress(ValueError):  # it was scored by another process
+            self._here.remove(shard)
 
     def _record(self, shard: Shard) -> None:
         """Say that a shard is done; its seconds are those since the one before, whichever process scored it."""
         before = self._clock
         self._start_clock()
+        self._unpublished -= shard.counts["tokens"]
+        self._aside_in_a_row = 0
+        self._end(shard.name)
         self._longest = max(self._longest, shard.longest)
         self._folder.record("scores", shard.name, {**shard.counts, "seconds": round(self._clock - before, 3)})
+
+
+def _apart(devices: list[str]) -> bool:
+    """Whether other processes score: several, or that of a GPU, whose faults spoil the process that meets them."""
+    return len(devices) > 1 or devices[0] != "cpu"
 
 
 def windows_to_score(folder: RunFolder) -> dict[str, Any]:

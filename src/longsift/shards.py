@@ -15,19 +15,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from longsift import __version__
-from longsift.errors import OutputError
+from longsift.errors import OutputError, ShardsSetAside
 from longsift.tables import publish
 
 Stage = Literal["windows", "scores", "selected"]
 _STAGES: tuple[Stage, ...] = ("windows", "scores", "selected")
 _OUTPUTS: dict[Stage, tuple[str, ...]] = {
     "windows": ("windows", "quarantine", "shards/windows"),
-    "scores": ("scores", "shards/scores"),
+    "scores": ("scores", "shards/scores", "shards/set-aside", "shards/now.json"),
     "selected": ("selected", "report.html"),
 }
+_NAMED = 5  # shards that a message names
+_LOOKS = 5  # at a lock that another may hold for a moment
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -68,13 +70,21 @@ class RunFolder:
             raise OutputError(f"{self._manifest} was not written by longsift. Choose another output folder.")
         return content
 
-    def section(self, stage: Stage) -> dict[str, Any]:
+    def section(self, stage: Stage, *, incomplete: bool = False) -> dict[str, Any]:
         """The manifest's section of a finished stage.
+
+        Args:
+            incomplete: take one that ended with shards set aside.
 
         Raises:
             OutputError: the stage has not finished in this folder.
+            ShardsSetAside: it ended with shards set aside.
         """
         section: dict[str, Any] = self.manifest().get(stage, {})
+        if section.get("status") == "incomplete":
+            if incomplete:
+                return section
+            raise ShardsSetAside(self.explain_set_aside())
         if section.get("status") != "done":
             needed = {
                 "windows": "longsift windows",
@@ -106,6 +116,10 @@ class RunFolder:
         if section and not overwrite:
             if section["status"] == "done":
                 return True
+            if section["status"] == "incomplete":
+                section["status"] = "running"
+                manifest.pop("selected", None)  # it lacks what may come now: the report must not be of both
+                self._write(manifest)
         else:
             for later in _STAGES[_STAGES.index(stage) :]:
                 manifest.pop(later, None)
@@ -116,10 +130,11 @@ class RunFolder:
             leftover.unlink()
         return False
 
-    def finish(self, stage: Stage, results: dict[str, Any]) -> None:
-        """Mark a stage as done, with what it counted."""
+    def finish(self, stage: Stage, results: dict[str, Any], *, incomplete: bool = False) -> None:
+        """Mark a stage as done, or as ended with shards set aside, with what it counted."""
         manifest = self.manifest()
-        manifest[stage] |= {"status": "done", "finished": time.time(), **results}
+        status = "incomplete" if incomplete else "done"
+        manifest[stage] |= {"status": status, "finished": time.time(), **results}
         self._write(manifest)
 
     def replace(self, stage: Stage, section: dict[str, Any]) -> None:
@@ -159,6 +174,59 @@ class RunFolder:
         folder = self.path / "shards" / stage
         return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
+    def set_aside(self, shard: str, reason: str) -> None:
+        """Write the record that says that a shard of the scores stage could not be done, and why."""
+        (self.path / "shards" / "scores" / f"{shard}.json").unlink(missing_ok=True)  # of a table that vanished
+        write_json(self.path / "shards" / "set-aside" / f"{shard}.json", {"reason": reason, "when": time.time()})
+
+    def shards_set_aside(self) -> dict[str, str]:
+        """The shards that the scores stage has set aside since it was last begun, in order, with the reason."""
+        paths = sorted((self.path / "shards" / "set-aside").glob("*.json"))
+        return {path.stem: json.loads(path.read_text(encoding="utf-8"))["reason"] for path in paths}
+
+    def explain_set_aside(self) -> str:
+        """Which shards are set aside and why, and what to do, in words."""
+        shards = self.shards_set_aside()
+        named = [f"{name} ({reason})" for name, reason in list(shards.items())[:_NAMED]]
+        if len(shards) > _NAMED:
+            named.append(f"{len(shards) - _NAMED:,} more, which 'longsift status {self.path}' lists")
+        return (
+            f"{len(shards):,} shards of scores in {self.path} are set aside, each tried twice: {'; '.join(named)}. All "
+            "others are scored. The command that scored them, run again, tries these once more and nothing else; "
+            f"'longsift select {self.path} --without-set-aside' selects without them."
+        )
+
+    def forget_set_aside(self) -> None:
+        """Let the shards that were set aside be tried again."""
+        shutil.rmtree(self.path / "shards" / "set-aside", ignore_errors=True)
+
+    def note(self, content: dict[str, Any]) -> None:
+        """Write what the scores stage is at now, for `longsift status`."""
+        write_json(self.path / "shards" / "now.json", content)
+
+    def noted(self) -> dict[str, Any]:
+        """What the scores stage is at now; empty when it does not say, or no longsift works in the folder."""
+        try:
+            content: dict[str, Any] = json.loads((self.path / "shards" / "now.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return content if self.is_being_written() else {}
+
+    def forget_note(self) -> None:
+        """The scores stage is at nothing any more."""
+        (self.path / "shards" / "now.json").unlink(missing_ok=True)
+
+    def is_being_written(self) -> bool:
+        """Whether a longsift holds the folder's lock now, on any machine that shares its file system's locks."""
+        try:
+            with (self.path / ".lock").open(encoding="utf-8") as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for writing; the operating system lets go of it however the process ends.
@@ -169,7 +237,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+", encoding="utf-8") as handle:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock(handle)
             except BlockingIOError as error:
                 handle.seek(0)
                 raise OutputError(
@@ -180,6 +248,16 @@ class RunFolder:
             handle.write(str(os.getpid()))
             handle.flush()
             yield
+
+    def _lock(self, handle: IO[str]) -> None:
+        for look in range(_LOOKS):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:  # perhaps it is only `is_being_written`, which lets go at once
+                if look == _LOOKS - 1:
+                    raise
+            time.sleep(0.02)
 
     def _write(self, manifest: dict[str, Any]) -> None:
         write_json(self._manifest, {"longsift": __version__, **{k: manifest[k] for k in _STAGES if k in manifest}})

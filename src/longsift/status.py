@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from longsift.errors import OutputError
 from longsift.shards import RunFolder
+from longsift.tables import parquet_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,12 @@ def run_status(out: Path) -> dict[str, Any]:
     if not manifest:
         raise OutputError(f"{out} holds no run of longsift.")
     state: dict[str, Any] = {"folder": str(out)}
+    # Jobs of a cluster hold no lock; whether they go on is for its own tools to say.
+    going_on = folder.is_being_written() or (folder.path / "jobs").exists()
+
+    def stage_state(status: str) -> str:
+        return "stopped" if status == "running" and not going_on else status
+
     windows = manifest.get("windows")
     if windows:
         records: Collection[dict[str, Any]] = folder.records("windows").values()
@@ -37,7 +44,7 @@ def run_status(out: Path) -> dict[str, Any]:
         done = windows["status"] == "done"
         counts = windows["counts"] if done else _sums(records, *names)
         state["windows"] = {
-            "state": windows["status"],
+            "state": stage_state(windows["status"]),
             "sources done": len(records),
             "sources": len(windows["identity"]["inputs"]),
             **{name: counts[name] for name in names},
@@ -54,19 +61,25 @@ def run_status(out: Path) -> dict[str, Any]:
         sums = _sums(records, "windows", "failed", "tokens", "seconds")
         total = windows["counts"]["tokens"] if windows and windows["status"] == "done" else None
         speed = sums["tokens"] / sums["seconds"] if sums["seconds"] else None
-        left = (total - sums["tokens"]) / speed if speed and total is not None else None
+        now = folder.noted()
+        aside = folder.shards_set_aside()
+        left = (total - sums["tokens"] - now.get("tokens", 0)) / speed if speed and total is not None else None
         state["scores"] = {
-            "state": scores["status"],
+            "state": stage_state(scores["status"]),
             "method": scores["identity"]["method"],
             "shards done": len(records),
-            "shards": len(list(folder.windows.glob("*.parquet"))),
+            "shards": len(parquet_files(folder.windows)),
+            "shards running": now.get("shards", []),
+            "shards set aside": len(aside),
             "windows": sums["windows"],
             "failed": sums["failed"],
             "tokens": sums["tokens"],
             "tokens in all": total,
             "tokens per second": speed,
-            "seconds left": left if scores["status"] != "done" else 0.0,
-            "since the last shard, seconds": _age(folder, "scores") if scores["status"] != "done" else None,
+            "seconds left": left if scores["status"] == "running" else 0.0,
+            "since the last shard, seconds": _age(folder, "scores") if scores["status"] == "running" else None,
+            "process": now.get("process"),
+            "set aside": [{"shard": shard, "reason": reason} for shard, reason in aside.items()],
         }
     selected = manifest.get("selected")
     if selected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -57,6 +58,11 @@ def score(
     """Copy shards as the engine's processes score them; what a shard says decides what becomes of the process."""
     if model.model == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
+    if model.model == "begins twice":
+        with (scores / "begun").open("a") as file:
+            file.write("x")
+        if (scores / "begun").stat().st_size > 2:
+            os.kill(os.getpid(), signal.SIGKILL)
     link.send(Facts({"device": device}, None))
     for path in iter(link.receive, None):
         text = path.read_text()
@@ -72,6 +78,12 @@ def score(
             raise error
         if text == "refuse":
             raise ModelError("no such layer")
+        if text == "disk full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if text == "wait":  # until a third process has begun
+            while (scores / "begun").stat().st_size < 3:
+                time.sleep(0.01)
+            time.sleep(1.0)
         if text == "slow":
             time.sleep(0.3)
         (scores / path.name).write_text(f"{text} {device}")

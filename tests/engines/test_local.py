@@ -34,10 +34,14 @@ class Told:
 
     def __init__(self) -> None:
         self.shards: list[str] = []
+        self.set_aside: dict[str, str] = {}
         self.amounts = [0, 0, 0]
 
     def done(self, shard: local.Shard) -> None:
         self.shards.append(shard.name)
+
+    def aside(self, windows: Path, why: str) -> None:
+        self.set_aside[windows.stem] = why
 
     def advance(self, *amounts: int) -> None:
         self.amounts = [a + b for a, b in zip(self.amounts, amounts, strict=True)]
@@ -65,6 +69,7 @@ def copying(monkeypatch, tmp_path):
             ["cpu"] * workers,
             on_ready=lambda: None,
             on_done=told.done,
+            on_set_aside=told.aside,
             on_advance=told.advance,
         )
         with engine:
@@ -100,11 +105,20 @@ def test_a_shard_whose_process_dies_is_tried_once_more(copying, tmp_path, caplog
     ("text", "why"),
     [("kill", "killed by SIGKILL"), ("fault", "illegal memory access was encountered, while measuring window 'd3:0'")],
 )
-def test_a_shard_that_ends_two_processes_stops_the_run_by_name(copying, tmp_path, text, why):
-    with pytest.raises(ProcessLost, match=why) as error:
-        copying(["a", "b", "c", text, "d"])
-    assert str(tmp_path / "3.txt") in str(error.value)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_shard_that_ends_two_processes_is_set_aside_and_the_others_are_scored(copying, tmp_path, text, why, workers):
+    told = copying(["a", "b", "c", text, "d", "e"], workers)
+    assert list(told.set_aside) == ["3"]
+    assert why in told.set_aside["3"]
     assert tries(tmp_path)[3] == 2
+    assert sorted(told.shards) == list("01245")
+    assert told.amounts == [5, 5, 0]  # nothing of what was lost is counted
+
+
+def test_scores_that_cannot_be_written_stop_the_run_at_once(copying, tmp_path):
+    with pytest.raises(OSError, match="No space left"):
+        copying(["a", "disk full", "slow", "slow", "slow", "slow"])
+    assert tries(tmp_path)[1] == 1
 
 
 def test_an_error_of_longsift_stops_the_run_at_once(copying, tmp_path):
@@ -118,6 +132,13 @@ def test_a_process_that_dies_while_it_starts_is_not_started_for_ever(copying):
         copying(["a"], model="dies")
 
 
+def test_a_process_that_can_no_longer_begin_leaves_its_shards_to_the_others(copying, caplog):
+    with caplog.at_level(logging.WARNING):
+        told = copying(["kill once", "a", "b", "wait"], model="begins twice")
+    assert sorted(told.shards) == list("0123")
+    assert "one fewer from now on" in caplog.text
+
+
 def test_the_processes_are_gone_when_the_engine_is_left(monkeypatch, tmp_path):
     monkeypatch.setattr(local, "_TARGET", "engines.child_functions:name_self")
     engine = LocalEngine(
@@ -127,6 +148,7 @@ def test_the_processes_are_gone_when_the_engine_is_left(monkeypatch, tmp_path):
         ["cpu"] * 3,
         on_ready=lambda: None,
         on_done=print,
+        on_set_aside=print,
         on_advance=print,
     )
     with engine:

@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -25,6 +26,8 @@ from typing import Any
 from longsift.errors import LongsiftError
 
 _START = (
+    # First of all, since Slurm ends a job with SIGTERM to all of its processes: it is the parent's to handle.
+    "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
     "from longsift.engines.children import serve; serve(int(sys.argv[1]))"
 )
@@ -86,15 +89,24 @@ class Child:
 
     def stop(self) -> None:
         """End the process, whatever it does."""
-        self.connection.close()  # at which it ends by itself
-        self._end()
+        stop([self])
 
-    def _end(self) -> int:
+    def _end(self, seconds: float = _GRACE) -> int:
         try:
-            return self._process.wait(_GRACE)
+            return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
+
+
+def stop(children: Iterable[Child]) -> None:
+    """End processes, whatever they do; all of them have the same few seconds to do so."""
+    children = list(children)
+    for child in children:
+        child.connection.close()  # at which it ends by itself
+    until = time.monotonic() + _GRACE
+    for child in children:
+        child._end(max(0.0, until - time.monotonic()))
 
 
 class Link:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 from longsift.documents import BadRow, Document
-from longsift.engines.children import Child, Failure, Link
+from longsift.engines.children import Child, Failure, Link, stop
 from longsift.errors import ProcessLost
 from longsift.windows import TooShort, Window, WindowTokenizer, cut_windows, is_text, row_batches, weight
 
@@ -69,8 +69,7 @@ class Cutters:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for cutter in self._cutters:
-            cutter.child.stop()
+        stop(cutter.child for cutter in self._cutters)
 
     def cut_each(self, sources: Iterable[Iterable[Row]]) -> Iterator[Iterator[Piece]]:
         """Cut the rows of several sources, while those after them are read.

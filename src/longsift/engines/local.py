@@ -1,7 +1,8 @@
-"""The local engine: shards are scored by processes of this machine, one a device.
+"""The local engine: shards are scored by processes of this machine, one a device, or by this one on a CPU.
 
 The parent hands out shards, keeps the records and shows the progress; a process has a Scorer of its own and publishes
-the scores of its shards. Which process takes which shard changes no bit of a score.
+the scores of its shards. Which process takes which shard changes no bit of a score. A shard that raises, or whose
+process ends, is tried once more, alone, and then set aside; the others go on.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from longsift.engines.children import Child, Failure, Link
+from longsift.engines.children import Child, Failure, Link, stop
 from longsift.errors import LongsiftError, ProcessLost
 from longsift.options import ModelOptions, ScoreOptions
 from longsift.tables import publish
@@ -34,6 +36,10 @@ _SAY_EVERY = 0.2  # seconds between two messages of a process on how far it is
 _TARGET = f"{__name__}:score_in_process"
 
 Advance = Callable[[int, int, int], None]
+
+
+class ShardRaised(Exception):
+    """A shard could not be read or measured, which says nothing of others; the text is why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +79,12 @@ def score_files(scorer: Scorer, windows: Iterable[Path], scores: Path, advance: 
 
     Yields:
         Every shard, when its scores are there.
+
+    Raises:
+        ShardRaised: a shard cannot be read or measured: the next one, or another of the next few.
+        OSError: scores cannot be written.
     """
-    for path, table in scorer.score_shards(windows, lambda tokens, ok: advance(tokens, 1, not ok)):
+    for path, table in _measured(scorer, windows, advance):
         with publish(scores / path.name) as temporary:
             pq.write_table(table, temporary, compression="zstd")
         lengths = table["n_tokens"].to_pylist()
@@ -86,6 +96,81 @@ def score_files(scorer: Scorer, windows: Iterable[Path], scores: Path, advance: 
             "reasons": dict(Counter(failures)),
         }
         yield Shard(path.stem, counts, max(lengths, default=0))
+
+
+def _measured(scorer: Scorer, windows: Iterable[Path], advance: Advance) -> Iterator[tuple[Path, pa.Table]]:
+    measured = scorer.score_shards(windows, lambda tokens, ok: advance(tokens, 1, not ok))
+    while True:
+        try:
+            shard = next(measured, None)
+        except LongsiftError:
+            raise
+        except Exception as error:  # of a damaged file, of memory, of a library: whatever it is, others may do well
+            raise ShardRaised(", ".join([_words(error), *getattr(error, "__notes__", [])])) from error
+        if shard is None:
+            return
+        yield shard
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+class Ahead:
+    """What was told of shards that are not yet published: tokens, windows and failed windows."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance, self._amounts = advance, [0, 0, 0]
+
+    def advance(self, *amounts: int) -> None:
+        """Tell of more."""
+        self._add(*amounts)
+        self._advance(*amounts)
+
+    def settle(self, shard: Shard) -> None:
+        """Of what was told, these are published."""
+        self._add(*(-shard.counts[name] for name in ("tokens", "windows", "failed")))
+
+    def take_back(self) -> None:
+        """The rest is lost, and will be told of again."""
+        self.advance(*(-amount for amount in self._amounts))
+
+    def _add(self, *amounts: int) -> None:
+        self._amounts = [a + b for a, b in zip(self._amounts, amounts, strict=True)]
+
+
+def score_each(
+    scorer: Scorer,
+    windows: Sequence[Path],
+    scores: Path,
+    *,
+    on_done: Callable[[Shard], None],
+    on_set_aside: Callable[[Path, str], None],
+    on_advance: Advance,
+) -> None:
+    """Score windows files in this process; the callbacks are those of `LocalEngine`.
+
+    Raises:
+        OSError: scores cannot be written.
+        LongsiftError: what concerns all of them.
+    """
+    left = deque(windows)
+    alone = False
+    while left:
+        ahead = Ahead(on_advance)
+        try:
+            for shard in score_files(scorer, [left[0]] if alone else list(left), scores, ahead.advance):
+                left.popleft()
+                ahead.settle(shard)
+                on_done(shard)
+            alone = False
+        except ShardRaised as error:
+            ahead.take_back()
+            if alone:
+                on_set_aside(left.popleft(), str(error))
+            else:
+                log.warning("%s or one soon after it raised (%s); it is tried once more, alone", left[0].name, error)
+            alone = not alone
 
 
 def devices(options: ScoreOptions) -> list[str]:
@@ -142,15 +227,16 @@ def score_in_process(
 class _Process:
     child: Child
     device: str
+    ahead: Ahead
     shards: deque[Path] = field(default_factory=deque)  # handed out and not yet published, in order
     facts: Facts | None = None
-    ahead: list[int] = field(default_factory=lambda: [0, 0, 0])  # told of shards that are not yet published
 
 
 class LocalEngine:
     """Scores shards in processes of its own; a context manager, at whose end they are gone.
 
-    A process that dies, or whose GPU fails, is replaced, and its shards are tried once more, each alone.
+    A process that dies, or in which a shard raises, is replaced, and its shards are tried once more, each alone; one
+    that fails again is set aside. A device on which no process can begin any more is left to rest.
 
     Args:
         scores: folder in which the scores are published.
@@ -158,8 +244,9 @@ class LocalEngine:
         devices: one for every process; on a CPU they share its cores.
         on_ready: called when the first process begins to score.
         on_done: called for every shard whose scores are published.
+        on_set_aside: called with every shard that has failed twice, and why; what it raises ends the engine.
         on_advance: called with tokens, windows and failed windows as they are measured; less than 0 when they must be
-            measured again. All three are called in the engine's own thread.
+            measured again. All four are called in the engine's own thread.
     """
 
     def __init__(
@@ -171,10 +258,12 @@ class LocalEngine:
         *,
         on_ready: Callable[[], None],
         on_done: Callable[[Shard], None],
+        on_set_aside: Callable[[Path, str], None],
         on_advance: Advance,
     ) -> None:
         self._scores, self._model, self._options, self._devices = scores, model, options, devices
-        self._on_ready, self._on_done, self._on_advance = on_ready, on_done, on_advance
+        self._on_ready, self._on_done = on_ready, on_done
+        self._on_set_aside, self._on_advance = on_set_aside, on_advance
         self._pending: deque[Path] = deque()
         self._suspects: set[Path] = set()  # of processes that were lost
         self._processes: list[_Process] = []
@@ -206,17 +295,22 @@ class LocalEngine:
             raise self._error
 
     def finish(self) -> Facts:
-        """Wait until all that was submitted is published.
+        """Wait until all that was submitted is published or set aside.
 
         Raises:
-            ProcessLost: a shard has ended two processes, or one ended before it could do anything.
-            LongsiftError: what a process has raised, such as a calculator that cannot be loaded.
+            ProcessLost: no process could begin, or go on.
+            OSError: scores cannot be written.
+            LongsiftError: what concerns all shards, such as a calculator that cannot be loaded.
         """
         self._closing = True
         self._thread.join()
         self.check()
         assert self._facts is not None
         return self._facts
+
+    def under_way(self) -> list[str]:
+        """The names of the shards that processes have now."""
+        return [path.stem for process in list(self._processes) for path in list(process.shards)]
 
     def _run(self) -> None:
         try:
@@ -228,8 +322,7 @@ class LocalEngine:
         except BaseException as error:  # it is raised where the engine is used
             self._error = error
         finally:
-            for process in self._processes:
-                process.child.stop()
+            stop(process.child for process in self._processes)
 
     def _idle(self) -> bool:
         return not self._pending and not any(process.shards for process in self._processes)
@@ -240,7 +333,8 @@ class LocalEngine:
             import torch
 
             threads = max(1, torch.get_num_threads() // len(self._devices))
-        return _Process(Child(_TARGET, self._scores, self._model, self._options, device, threads), device)
+        child = Child(_TARGET, self._scores, self._model, self._options, device, threads)
+        return _Process(child, device, Ahead(self._on_advance))
 
     def _hand_out(self) -> None:
         for process in sorted(self._processes, key=lambda process: len(process.shards)):
@@ -269,34 +363,36 @@ class LocalEngine:
                     self._on_ready()
             case Shard():
                 process.shards.popleft()
-                told = (message.counts["tokens"], message.counts["windows"], message.counts["failed"])
-                process.ahead = [a - b for a, b in zip(process.ahead, told, strict=True)]
+                process.ahead.settle(message)
                 self._on_done(message)
             case Failure(error=LongsiftError() | OSError() as error):
                 raise error
+            case Failure(error=ShardRaised() as error):
+                self._lose(process, str(error), error)
             case Failure(error=error):
-                words = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])[:-1]]  # the last: where
-                self._lose(process, ", ".join(words), error)
+                self._lose(process, ", ".join([_words(error), *getattr(error, "__notes__", [])[:-1]]), error)
             case (tokens, windows, failed):
-                process.ahead = [a + b for a, b in zip(process.ahead, message, strict=True)]
-                self._on_advance(tokens, windows, failed)
+                process.ahead.advance(tokens, windows, failed)
 
     def _lose(self, process: _Process, why: str, cause: BaseException | None) -> None:
-        """Replace a process that has ended, and have its shards tried once more, each alone."""
+        """Replace a process that has ended, and have its shards tried once more, each alone, or set aside."""
         process.child.stop()
+        place = self._processes.index(process)
         if process.facts is None:
-            raise ProcessLost(
-                f"A process on {process.device} ended before it could score anything ({why}). Is there memory enough? "
-                "The same command goes on where it stopped; --workers asks for fewer processes."
-            ) from cause
+            if len(self._processes) == 1:
+                raise ProcessLost(
+                    f"A process on {process.device} ended before it could score anything ({why}). Is there memory "
+                    "enough? The same command goes on where it stopped; --workers asks for fewer processes."
+                ) from cause
+            log.warning("a process on %s ended before it could score (%s): one fewer from now on", process.device, why)
+            del self._processes[place]
+            return
+        process.ahead.take_back()
         if len(process.shards) == 1 and process.shards[0] in self._suspects:
-            raise ProcessLost(
-                f"The shard {process.shards[0]} has ended two processes that scored it ({why}). All other finished "
-                "shards are kept; the same command goes on where it stopped."
-            ) from cause
-        names = ", ".join(path.name for path in process.shards) or "nothing"
-        log.warning("a process on %s ended (%s); it was at %s, which is tried once more", process.device, why, names)
-        self._on_advance(*(-amount for amount in process.ahead))
-        self._suspects.update(process.shards)
-        self._pending.extendleft(reversed(process.shards))
-        self._processes[self._processes.index(process)] = self._start(process.device)
+            self._on_set_aside(process.shards.popleft(), why)
+        else:
+            names = ", ".join(path.name for path in process.shards) or "nothing"
+            log.warning("a process on %s ended (%s) at %s, which is tried once more", process.device, why, names)
+            self._suspects.update(process.shards)
+            self._pending.extendleft(reversed(process.shards))
+        self._processes[place] = self._start(process.device)
