@@ -402,6 +402,11 @@ def test_a_file_that_is_not_what_its_ending_says_is_one_bad_row(tmp_path: Path) 
         (tmp_path / f"x.{ending}").unlink()
 
 
+@pytest.mark.parametrize(("ending", "kind"), [("jsonl.gz", "gzip"), ("jsonl.zst", "zstd")])
+def test_a_file_of_zero_bytes_as_a_crash_leaves_it_is_one_bad_row(tmp_path: Path, ending: str, kind: str) -> None:
+    assert bad(read_bytes(tmp_path, b"\0" * 10_000, ending)) == [(0, f"corrupt {kind} stream")]
+
+
 def test_a_truncated_parquet_file_is_one_bad_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"] * 100}), tmp_path / "x.parquet")
     whole = (tmp_path / "x.parquet").read_bytes()

@@ -98,20 +98,21 @@ def read(folder: Path, data: bytes, ending: str) -> list[Document | BadRow]:
 
 
 def decoded(data: bytes, ending: str) -> bytes:
-    """What a compressed file holds, up to where it is damaged, by another way of reading it."""
-    content = io.BytesIO()
+    """What a compressed file holds, up to where it is damaged, byte by byte."""
     if ending == "jsonl":
         return data
+    content = io.BytesIO()
     try:
         if ending == "jsonl.gz":
             with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
                 while piece := file.read(1):
                     content.write(piece)
         else:
-            decoder = zstandard.ZstdDecompressor()
-            with decoder.stream_reader(io.BytesIO(data), read_across_frames=True) as reader:
-                while piece := reader.read(1):
-                    content.write(piece)
+            decoder = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+            stream = decoder.decompressobj()
+            for byte in data:
+                stream = decoder.decompressobj() if stream.eof else stream
+                content.write(stream.decompress(bytes([byte])))
     except (zlib.error, zstandard.ZstdError, OSError, EOFError):
         pass
     return content.getvalue()

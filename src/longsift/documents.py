@@ -197,7 +197,7 @@ class _Decompressor(Protocol):
 def _json_rows(file: _CountedFile, source: Source, options: ReadOptions) -> Iterator[Document | BadRow]:
     chunks = file.chunks()
     if source.format == "jsonl.gz":
-        # Zero bytes may pad a gzip file (RFC 1952 readers accept them).
+        # Zero bytes may pad a gzip file after its end (readers accept them); a file of zeros alone is a lost one.
         chunks = _decompressed(chunks, lambda: zlib.decompressobj(wbits=31), "gzip", padding=b"\0")
     elif source.format == "jsonl.zst":
         # Corpora are often packed with --long=31, which needs a 2 GiB window.
@@ -224,14 +224,15 @@ def _json_rows(file: _CountedFile, source: Source, options: ReadOptions) -> Iter
 def _decompressed(
     chunks: Iterator[bytes], new: Callable[[], _Decompressor], kind: str, padding: bytes
 ) -> Iterator[bytes]:
-    """The content of all gzip members or zstd frames of a file, one after the other."""
+    """The content of all gzip members or zstd frames of a file, one after the other; padding may follow the first."""
     decoder: _Decompressor | None = None
+    allowed = b""
     for chunk in chunks:
         for start in range(0, len(chunk), _PIECE_BYTES):
             piece = chunk[start : start + _PIECE_BYTES]
             while piece:
                 if decoder is None:
-                    piece = piece.lstrip(padding)
+                    piece = piece.lstrip(allowed)
                     if not piece:
                         break
                     decoder = new()
@@ -241,7 +242,7 @@ def _decompressed(
                     raise _Damaged(f"corrupt {kind} stream") from error
                 piece = decoder.unused_data
                 if decoder.eof:
-                    decoder = None
+                    decoder, allowed = None, padding
                 if content:
                     yield content
     if decoder is not None:
