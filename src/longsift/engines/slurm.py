@@ -1,8 +1,8 @@
 """The Slurm engine: a job array scores the windows of a run folder, through datatrove's executor.
 
-A task scores every n-th of the windows files without scores, and records each as the local engine does. The job that
-depends on the array finds all of them done, and finishes the run as the same command would have without Slurm. The
-run folder and the calculator must be seen under the same paths by all nodes.
+A task scores every n-th of the windows files without scores, with a local engine of its own that records them, and sets
+those aside that fail twice. The job that depends on the array tries these again, and finishes the run as the same
+command would have without Slurm. The run folder and the calculator must be seen under the same paths by all nodes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from longsift import pipeline
-from longsift.engines.local import score_files
+from longsift.engines.local import LocalEngine, Shard, devices
 from longsift.errors import OutputError, UsageError
 from longsift.options import EngineOptions, ModelOptions, ScoreOptions, SelectOptions
-from longsift.scoring import Scorer, score_identity
+from longsift.scoring import score_identity
 from longsift.scoring_stage import _check_tokenizer, model_of, windows_to_score
 from longsift.shards import RunFolder, write_json
 from longsift.tables import parquet_files, publish
@@ -59,15 +59,32 @@ class ScoreShards(PipelineStep):  # type: ignore[misc]  # datatrove has no types
         windows, records = folder.windows, folder.path / "shards" / "scores"
         mine = [windows / name for name in names if not (records / name).with_suffix(".json").exists()]
         if mine:
-            scorer = Scorer.from_options(self.model, self.options)
-            clock = time.monotonic()
-            for shard in score_files(scorer, mine, folder.scores, lambda *counted: None):
-                seconds = round(time.monotonic() - clock, 3)
-                folder.record("scores", shard.name, {**shard.counts, "seconds": seconds})
-                self.stat_update("windows", value=shard.counts["windows"], unit="shard")
-                self.stat_update("tokens", value=shard.counts["tokens"], unit="shard")
-                clock = time.monotonic()
+            self._score(mine, folder)
         yield from ()
+
+    def _score(self, windows: list[Path], folder: RunFolder) -> None:
+        clock = time.monotonic()
+
+        def record(shard: Shard) -> None:
+            nonlocal clock
+            before, clock = clock, time.monotonic()
+            folder.record("scores", shard.name, {**shard.counts, "seconds": round(clock - before, 3)})
+            self.stat_update("windows", value=shard.counts["windows"], unit="shard")
+            self.stat_update("tokens", value=shard.counts["tokens"], unit="shard")
+
+        with LocalEngine(
+            folder.scores,
+            self.model,
+            self.options,
+            devices(self.options),
+            on_ready=lambda: None,
+            on_done=record,
+            on_set_aside=lambda path, why: folder.set_aside(path.stem, why),
+            on_advance=lambda *counted: None,
+        ) as engine:
+            for path in windows:
+                engine.submit(path)
+            engine.finish()
 
 
 class FinishRun(PipelineStep):  # type: ignore[misc]
