@@ -92,18 +92,22 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bytes(
         assert same(out, quiet)
 
 
+def unscored(quiet: Path, out: Path) -> Path:
+    """A copy of a run whose scores stage has not ended."""
+    shutil.copytree(quiet, out, ignore=shutil.ignore_patterns("selected", "report.html"))
+    manifest = RunFolder(out).manifest()
+    manifest["scores"]["status"] = "running"
+    del manifest["selected"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
 SCORE = ["--method", "longattn", "--device", "cpu", "-q"]
 
 
 @pytest.mark.parametrize("workers", [1, 2], ids=["in one process", "two processes"])
 def test_a_damaged_shard_is_set_aside_and_the_same_command_tries_it_again(quiet, tmp_path, workers):
-    out = tmp_path / "out"
-    shutil.copytree(quiet, out, ignore=shutil.ignore_patterns("selected", "report.html"))
-    folder = RunFolder(out)
-    manifest = folder.manifest()
-    manifest["scores"]["status"] = "running"
-    del manifest["selected"]
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    out = unscored(quiet, tmp_path / "out")
     victims = [path.stem for path in parquet_files(out / "windows")][3:6]
     for name in victims:  # these are to be scored; the second of them is damaged
         (out / "scores" / f"{name}.parquet").unlink()
@@ -138,6 +142,17 @@ def test_a_damaged_shard_is_set_aside_and_the_same_command_tries_it_again(quiet,
     assert run_status(out)["scores"]["state"] == "done"
     longsift("select", out, "--keep", "0.5")
     assert same(out, quiet)
+
+
+def test_a_run_in_which_nothing_can_be_scored_ends_before_all_shards_are_set_aside(quiet, tmp_path):
+    out = unscored(quiet, tmp_path / "out")
+    for path in parquet_files(out / "scores"):
+        path.unlink()
+        (out / "windows" / path.name).write_bytes(b"no table")
+    output = longsift("score", out, *SCORE, code=1)
+    assert "16 shards in a row could not be scored, so it is not the shards" in output
+    state = run_status(out)["scores"]
+    assert (state["state"], state["shards set aside"]) == ("stopped", 16)
 
 
 def test_status_tells_of_a_run_that_goes_on_and_of_one_that_was_killed(commands, quiet, corpus, model, tmp_path):
