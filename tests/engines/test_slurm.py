@@ -94,3 +94,18 @@ def test_a_run_through_slurm_writes_the_bytes_of_a_local_one(cluster, corpus, mo
 
     later = longsift("score", out, "--model", model, *measure, *where, "--json")
     assert json.loads(later.stdout) == {"jobs": [], "tasks": 0, "shards": 0, "logs": None}, later.stderr
+
+
+def test_a_shard_that_cannot_be_read_does_not_stop_the_others(cluster, corpus, ladm, tmp_path):
+    out, model = tmp_path / "out", ladm["model"]
+    assert longsift("windows", corpus, "-o", out, "--model", model, "--window", "512").returncode == 0
+    folder = RunFolder(out)
+    damaged, whole = sorted(folder.windows.iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    where = ["--engine", "slurm", "--partition", "main", "--gpus-per-task", "0", "--cpus-per-task", "1", "--tasks", "1"]
+    submitted = longsift("score", out, "--method", "longattn", *where, "--json")
+    assert submitted.returncode == 0, submitted.stderr
+    wait_for_jobs(cluster)
+    assert [path.name for path in folder.scores.iterdir()] == [whole.name]
+    assert set(folder.shards_set_aside()) == {damaged.stem}
+    assert folder.manifest()["scores"]["status"] == "incomplete"
