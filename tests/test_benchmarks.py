@@ -134,6 +134,14 @@ def test_throughput_counts_tokens_of_ids_and_of_text(tmp_path):
     assert all(-1 <= value <= 1 for row in result["sampled"] for value in row["spearman"].values())
 
 
+def test_the_overhead_of_the_engine_is_of_the_same_windows(tmp_path):
+    result = figures("engine_overhead", tmp_path / "out.json")
+    assert result["windows"] == 12
+    for key in ("seconds", "processor_seconds"):
+        assert result["overhead"][key] == pytest.approx(result["stage"][key] / result["bare"][key] - 1)
+        assert result["bare"][key] > 0
+
+
 def test_long_windows_are_measured_up_to_the_time_that_they_may_take(tmp_path, capsys):
     curve = tmp_path / "curve.svg"
     flags = ["--case", "ladm-layer", "--lengths", 2560, 3072, 2560 << 12, "--curve", curve]
