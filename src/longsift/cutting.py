@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from longsift.documents import BadRow, Document, ReadOptions, read_documents
 from longsift.engines.cutters import Cutters
+from longsift.errors import InputError
 from longsift.options import ModelOptions, WindowOptions
 from longsift.progress import Progress
 from longsift.shards import RunFolder
@@ -38,6 +39,7 @@ from longsift.windows import (
 
 DEFAULT_WINDOW = 32_768
 _QUARANTINE_ROWS = 10_000  # of a file
+_NAMED = 5  # files that could not be read and that an error names
 _BYTES_EACH = 2 << 20  # of sources, often compressed, for which another process that cuts is worth its start
 
 Row = TypeVar("Row")
@@ -83,6 +85,8 @@ def cut_sources(
 ) -> dict[str, Any]:
     """Do as `cut` in a run folder whose lock is held.
 
+    A source that cannot be read does not stop the others: it is tried again when the run goes on.
+
     Args:
         on_part: called for every file of the windows table, those of an earlier process too, when it is there.
     """
@@ -122,7 +126,7 @@ def cut_sources(
             for _, source in left:
                 documents = read_documents(source, cutter.read, progress.advance)
                 if options.limit is None:
-                    yield documents
+                    yield _as_far_as_it_goes(documents, source)
                 else:
                     yield first_documents(documents, options.limit - sum(r["documents"] for r in done.values()))
 
@@ -135,9 +139,19 @@ def cut_sources(
             cut_rows = chain.from_iterable(map(cutters.cut_each, together))
         else:
             cut_rows = map(cutter.windows, rows())
+        unread: list[InputError] = []
         for (shard, _), cut in zip(left, cut_rows, strict=True):
-            done[shard] = cutter.keep(cut, shard, folder, progress, on_part)
-            folder.record("windows", shard, done[shard])
+            try:
+                done[shard] = cutter.keep(cut, shard, folder, progress, on_part)
+            except InputError as error:
+                unread.append(error)
+            else:
+                folder.record("windows", shard, done[shard])
+    if unread:
+        raise InputError(
+            f"{len(unread):,} of {len(sources):,} files could not be read; all others were cut. The same command tries "
+            "them again. " + "; ".join(map(str, unread[:_NAMED])) + ("; …" if len(unread) > _NAMED else "")
+        )
     if cutter.sample is not None:
         _keep_sample(folder, cutter.sample.threshold, options.seed)
     counts = _sum_counts(done.values())
@@ -196,15 +210,22 @@ class Cutter:
         progress: Progress,
         on_part: Callable[[Path], None],
     ) -> dict[str, Any]:
-        """Write what became of one source into the parts `<shard>-<part>.parquet`; returns what was counted."""
+        """Write what became of one source into the parts `<shard>-<part>.parquet`; returns what was counted.
+
+        Raises:
+            InputError: the source could not be read, or not to its end.
+        """
         started = time.perf_counter()
         tally = Tally()
         windows = _Parts(folder.windows, shard, windows_table, on_part)
         quarantine = _Parts(folder.quarantine, shard, _quarantine_table)
         tokens = 0
+        unread: _Unread | None = None
         for row in rows:
             tally.add(row)
-            if isinstance(row, BadRow):
+            if isinstance(row, _Unread):
+                unread = row  # the last, but rows have to be used up
+            elif isinstance(row, BadRow):
                 quarantine.add(row)
                 if len(quarantine.held) >= _QUARANTINE_ROWS:
                     quarantine.write()
@@ -216,6 +237,8 @@ class Cutter:
                     if tokens >= self.options.shard_tokens:
                         windows.write()
                         tokens = 0
+        if unread is not None:
+            raise InputError(unread.reason)
         windows.write()
         quarantine.write()
         return {
@@ -240,6 +263,17 @@ class Cutter:
         """The tokenizer's fingerprint and the window length; null while no row was text."""
         used = "tokenizer" in self.__dict__
         return {"tokenizer": self.tokenizer.fingerprint if used else None, "length": self.length if used else None}
+
+
+class _Unread(BadRow):
+    """In place of the rows that a source could not give: it goes the way that they would have gone."""
+
+
+def _as_far_as_it_goes(rows: Iterable[Document | BadRow], source: Source) -> Iterator[Document | BadRow]:
+    try:
+        yield from rows
+    except InputError as error:
+        yield _Unread(source.url, None, str(error), "")
 
 
 @dataclass

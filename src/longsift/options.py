@@ -152,6 +152,13 @@ class SelectOptions:
     keep: float | None = _flag(None, "Share of the windows to keep in every group. [default: 0.125]")
     budget: int | None = _flag(None, "Tokens to keep: the same top share of every group.")
     mix: str | None = _flag(None, "Shares of the kept tokens by group: arxiv=0.3,book=0.3.")
+    overlap: bool = _flag(
+        False,
+        "Rank overlapping windows of a document alike. Otherwise the better goes before, and the other is kept only "
+        "where its group has no windows left that overlap none.",
+        "--overlap/--no-overlap",
+    )
+    dedup: Literal["exact"] | None = _flag(None, "exact: keep one of all windows with the same token ids.")
     format: Literal["parquet", "jsonl"] = _flag("parquet", "Format of the data set.")
     text: bool = _flag(True, "Write the windows' text.", "--text/--no-text")
     input_ids: bool = _flag(True, "Write the windows' token ids.", "--ids/--no-ids")

@@ -138,7 +138,8 @@ def select(
     missing = scores.get("set_aside", {"shards": 0, "windows": 0})
     if missing["shards"]:
         log.warning("%d windows of %d shards that are set aside are left out", missing["windows"], missing["shards"])
-    folder.check_linked_windows()
+    if options.text or options.input_ids:
+        folder.check_linked_windows()
     with folder.lock():
         with _choose(folder, identity) as choice:
             write_dataset(
@@ -161,7 +162,20 @@ def select(
                 "kept_tokens": choice.kept_tokens,
                 "failed": choice.failed,
                 "set_aside": missing["windows"],
+                "passed_over": choice.passed_over,
+                "overlapping": choice.overlapping,
+                "duplicates": choice.duplicates,
                 "groups": _group_rows(choice),
+                "quotas": [
+                    {
+                        "groups": "+".join(quota.groups),
+                        "share": quota.share,
+                        "tokens": quota.tokens,
+                        "kept_tokens": quota.kept,
+                        "shortfall": quota.shortfall,
+                    }
+                    for quota in choice.quotas
+                ],
             }
             for quota in choice.quotas:
                 if quota.shortfall:
@@ -173,7 +187,11 @@ def select(
                     )
         folder.replace("selected", {"identity": identity, "result": result})
     if folder.report.exists():  # it would show another selection
-        report(out)
+        if folder.windows.is_dir():
+            report(out)
+        else:
+            folder.report.unlink()
+            log.warning("report.html is removed: it showed another selection, and the windows for a new one are gone")
     return result
 
 
@@ -186,6 +204,8 @@ def _selection_identity(options: SelectOptions, changed: dict[str, Any], scored:
         "keep": keep,
         "budget": options.budget,
         "mix": parse_mix(options.mix),
+        "overlap": options.overlap,
+        "dedup": options.dedup,
     }
 
 
@@ -194,7 +214,16 @@ def _choose(folder: RunFolder, identity: dict[str, Any]) -> Choice:
     from longsift.selection import choose
 
     method = build_method(identity["method"], **identity["parameters"])
-    return choose(folder.scores, method.rule(), keep=identity["keep"], budget=identity["budget"], mix=identity["mix"])
+    return choose(
+        folder.scores,
+        method.rule(),
+        keep=identity["keep"],
+        budget=identity["budget"],
+        mix=identity["mix"],
+        overlap=identity.get("overlap", True),  # as before there was a choice
+        dedup=identity.get("dedup"),
+        windows=folder.windows,
+    )
 
 
 def parse_mix(text: str | None) -> dict[str, float] | None:
@@ -232,6 +261,8 @@ def _card(manifest: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
         "keep": identity["keep"],
         "budget": identity["budget"],
         "mix": identity["mix"],
+        "overlap": identity["overlap"],
+        "dedup": identity["dedup"],
         "citation": build_method(identity["method"], **identity["parameters"]).citation,
     }
 
@@ -241,11 +272,17 @@ def _group_rows(choice: Choice) -> list[dict[str, Any]]:
         {
             "group": group.group,
             "windows": group.windows,
+            "tokens": group.tokens,
             "kept": group.kept,
+            "share": group.kept / group.windows if group.windows else None,
             "kept_tokens": group.kept_tokens,
+            "mix": group.kept_tokens / choice.kept_tokens if choice.kept_tokens else None,
             "best": group.best,
             "cut": group.cut,
             "worst": group.worst,
+            **({"passed_over": group.passed_over} if choice.passed_over else {}),
+            **({"overlapping": group.overlapping} if choice.overlapping else {}),
+            **({"duplicates": group.duplicates} if choice.duplicates else {}),
         }
         for group in choice.groups
     ]
