@@ -15,6 +15,7 @@ A scores file has the name of its windows file and the same rows in the same ord
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,7 +76,8 @@ def publish(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the file cannot be written: the disk is full, say, or may not be written to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Machines that share a folder may have processes of equal numbers.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
