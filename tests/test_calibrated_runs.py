@@ -40,7 +40,7 @@ def own(calibration: Path, tmp_path: Path) -> Path:
 
 
 def flags(corpus: Path, out: Path, model: Path, calibration: Path) -> list[object]:
-    return [corpus, "-o", out, "--model", model, "--calibration", calibration, *WINDOW, "--keep", 0.5]
+    return [corpus, "-o", out, "--model", model, "--calibration", calibration, *WINDOW, "--keep", 0.5, "--overlap"]
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,12 @@ def queries_and_keys(
     return q.to(DEVICE, dtype), k.to(DEVICE, dtype)
 
 
+def skip_twin(dtype: torch.dtype, in_float32: bool) -> None:
+    """In the interpreter, which is slow, every case runs in one type; on a GPU in all."""
+    if not ON_GPU and (dtype == torch.float32) != in_float32:
+        pytest.skip("in the interpreter in the other type")
+
+
 def assert_exact(q: torch.Tensor, k: torch.Tensor, span: int, **options: Any) -> None:
     measured = span_focus(q, k, span, backend="triton", **options)
     exact = span_focus(q.double().cpu(), k.double().cpu(), span, backend="reference", **options)
@@ -92,12 +98,13 @@ def assert_far_exact(
 def test_far_statistics_match_the_reference(
     heads: int, kv_heads: int, length: int, head_dim: int, _span: int, dtype: torch.dtype
 ) -> None:
+    skip_twin(dtype, length % 2 == 0)
     q, k = queries_and_keys(heads, kv_heads, length, head_dim, dtype)
     assert_far_exact(q, k, length - 3 * (length // 4))
 
 
-@pytest.mark.parametrize("skip", [0, 1, 70, 128, 400, 900])
-@pytest.mark.parametrize("distance", [0, 1, 90, 128, 399, 400, 5000])
+@pytest.mark.parametrize("skip", [0, 1, 70, 900])
+@pytest.mark.parametrize("distance", [0, 1, 90, 128, 399, 5000])
 def test_far_statistics_match_the_reference_at_any_distance_and_without_the_first_keys(
     distance: int, skip: int
 ) -> None:
@@ -127,15 +134,15 @@ def test_chosen_rows_match_the_reference(rows: list[int]) -> None:
 
 
 def test_far_statistics_have_the_same_bits_alone_in_any_batch_on_any_run_and_in_any_layout() -> None:
-    q, k = queries_and_keys(4, 2, 330, 32, batch=2)
-    together = far_statistics(q, k, 80, backend="triton")
+    q, k = queries_and_keys(2, 1, 210, 32, batch=2)
+    together = far_statistics(q, k, 50, backend="triton")
     strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k)]
-    again = [far_statistics(q, k, 80, backend="triton"), far_statistics(*strided, 80, backend="triton")]
+    again = [far_statistics(q, k, 50, backend="triton"), far_statistics(*strided, 50, backend="triton")]
     for name in ("mass", "squares", "strength", "variance"):
         bits = getattr(together, name)
         assert all(torch.equal(getattr(other, name), bits) for other in again)
         for b in range(2):
-            alone = far_statistics(q[b : b + 1], k[b : b + 1], 80, backend="triton")
+            alone = far_statistics(q[b : b + 1], k[b : b + 1], 50, backend="triton")
             assert torch.equal(getattr(alone, name), bits[b : b + 1])
 
 
@@ -207,6 +214,7 @@ def test_attention_and_focus_are_both_right(
 def test_span_focus_matches_the_reference(
     heads: int, kv_heads: int, length: int, head_dim: int, span: int, dtype: torch.dtype, denominator: str
 ) -> None:
+    skip_twin(dtype, denominator == "prior")
     q, k = queries_and_keys(heads, kv_heads, length, head_dim, dtype)
     assert_exact(q, k, span, denominator=denominator)
 

@@ -40,6 +40,7 @@ class TestOnACluster:
         ray.shutdown()
         cluster.shutdown()
 
+    @pytest.mark.slow
     def test_rows_get_the_bits_of_a_run_from_an_actor_on_each_node(self, ray, documents, ladm, table):
         class Placed(AttentionScores):
             def __call__(self, batch: pa.Table) -> pa.Table:
