@@ -26,12 +26,6 @@ def token_distances(length: int, device: torch.device) -> Tensor:
     return position[:, None] - position[None, :]
 
 
-def attention_map(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """The causal attention probabilities (batch, heads, length, length)."""
-    future = token_distances(q.shape[2], q.device) < 0
-    return attention_logits(q, k, scale, softcap).masked_fill(future, -torch.inf).softmax(-1)
-
-
 def far_rows(
     q: Tensor,
     k: Tensor,

@@ -161,6 +161,6 @@ def _portable(error: BaseException) -> BaseException:
         pickle.loads(pickle.dumps(error))
     except Exception:  # some errors cannot be pickled, and some not made again
         other = RuntimeError(f"{type(error).__name__}: {error}")
-        other.__notes__ = list(error.__notes__)
+        other.__notes__ = list(getattr(error, "__notes__", ()))
         return other
     return error
