@@ -121,6 +121,7 @@ class Recorder:
                     columns = compute(own)
             except RuntimeError as error:  # also where the memory is too small for a recording
                 log.info("a forward of %d tokens could not be recorded: %s", input_ids.shape[1], error)
+                self._pool = None  # the allocator takes no second recording into a pool of one that did not end
                 return None
         return _Recording(graph, own, columns)
 
