@@ -228,6 +228,6 @@ def test_axis_ticks_are_round_numbers(low: float, high: float, about: int, ticks
     [(0.0, "0"), (1.234, "1.23"), (-0.2, "−0.200"), (12345.6, "12,346"), (9.87e-10, "9.87·10⁻¹⁰"), (None, "–")],
 )
 def test_numbers_have_three_digits(value: float | None, shown: str) -> None:
-    from longsift.report import _number
+    from longsift.report.words import number
 
-    assert _number(value) == shown
+    assert number(value) == shown

@@ -1,24 +1,23 @@
 """The report of a run: one HTML page that needs nothing else, from the manifest, the tables and the choice.
 
-Python here prepares plain values and geometry; `page.html.jinja` lays them out and escapes every one.
+Python here prepares plain values and geometry; `report.html.jinja` lays them out and escapes every one.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import jinja2
 
 from longsift.errors import OutputError
-from longsift.selection import Choice, GroupChoice, Histogram, RankedWindow, Spread
+from longsift.report.rendering import render
+from longsift.report.words import scaled, share, tick, tokens
+from longsift.selection import Choice, GroupChoice, Histogram, RankedWindow
 from longsift.tables import parquet_files, publish
 
 _GROUPS = 24  # with a chart and windows of their own; the table has all
@@ -47,14 +46,8 @@ def write_report(out: Path, manifest: Mapping[str, Any], choice: Choice, windows
     histograms = choice.histograms(bins=min(max(2 * math.isqrt(most), _FEWEST_BINS), _MOST_BINS))
     shelves = [_shelves(choice, group) for group in shown]
     texts = _texts(windows, [window for shelf in shelves for _, listed in shelf for window in listed])
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "count": _count, "tokens": _tokens, "number": _number, "spread": _spread, "share": _share, "plain": _plain,
-    }  # fmt: skip
-    page = environment.from_string(files(__name__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    html = page.render(
+    html = render(
+        "report.html.jinja",
         choice=choice,
         facts=list(_facts(manifest, choice)),
         funnel=_funnel(manifest, choice),
@@ -101,17 +94,17 @@ def _facts(manifest: Mapping[str, Any], choice: Choice) -> Iterator[tuple[str, s
     if inputs:
         size = sum(size or 0 for _, size, *_ in inputs)
         others = f" and {len(inputs) - 1:,} more" if len(inputs) > 1 else ""
-        yield "Input", f"{inputs[0][0]}{others}, {_scaled(size, 'B')}"
+        yield "Input", f"{inputs[0][0]}{others}, {scaled(size, 'B')}"
     yield "Made with", f"longsift {manifest['longsift']}"
 
 
 def _request(choice: Choice) -> str:
-    text = f"{_share(choice.keep)} of every group, rounded up" if choice.keep is not None else ""
+    text = f"{share(choice.keep)} of every group, rounded up" if choice.keep is not None else ""
     if choice.budget is not None:
-        text = f"{_tokens(choice.budget)} tokens"
+        text = f"{tokens(choice.budget)} tokens"
     if choice.mix is not None:
         text = f"{text.replace(' of every group, rounded up', ' of all tokens')}: " + ", ".join(
-            f"{group} {_share(share)}" for group, share in choice.mix.items()
+            f"{group} {share(part)}" for group, part in choice.mix.items()
         )
     return text
 
@@ -286,7 +279,7 @@ def _chart(histogram: Histogram, cut: float | None) -> _Chart:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     span = histogram.high - histogram.low
     most = max(histogram.counts)
-    y_ticks = [tick for tick in _ticks(0, most, 3) if tick == int(tick)]
+    y_ticks = [count for count in _ticks(0, most, 3) if count == int(count)]
     ceiling = max(most, y_ticks[-1])
 
     def x(score: float) -> float:
@@ -310,8 +303,8 @@ def _chart(histogram: Histogram, cut: float | None) -> _Chart:
         top=_TOP,
         bottom=bottom,
         bars=bars,
-        x_ticks=[(x(tick), _tick(tick)) for tick in _ticks(histogram.low, histogram.high, 6)],
-        y_ticks=[(y(tick), _tick(tick)) for tick in y_ticks],
+        x_ticks=[(x(score), tick(score)) for score in _ticks(histogram.low, histogram.high, 6)],
+        y_ticks=[(y(count), tick(count)) for count in y_ticks],
         cut=line,
         cut_at_left=line is not None and line < (_LEFT + right) / 2,
     )
@@ -324,73 +317,3 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     step = next(step for step in (power, 2 * power, 2.5 * power, 5 * power, 10 * power) if step >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
-
-
-# --- words ----------------------------------------------------------------------------------------------
-
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]"
-)
-
-
-def _plain(text: object) -> str:
-    """Text in which characters that would not be seen, or would turn the line around, stand as escapes."""
-    return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], str(text).replace("\r\n", "\n"))
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-def _tokens(value: int) -> str:
-    return _scaled(value, "")
-
-
-def _scaled(value: float, unit: str) -> str:
-    for factor, prefix in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * factor:
-            return f"{_digits(value / factor)} {prefix}{unit}"
-    return f"{value:,.0f} {unit}".strip()
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    power = _power(value)
-    return _digits(value / 10.0**power) + _times(power)
-
-
-def _spread(spread: Spread) -> str:
-    power = _power(spread.mean)
-    mean = _digits(spread.mean / 10.0**power)
-    decimals = len(mean.partition(".")[2])
-    both = f"{mean} ± {spread.std / 10.0**power:,.{decimals}f}"
-    return f"({both}){_times(power)}" if power else both
-
-
-def _power(value: float) -> int:
-    """The power of ten to write apart: 0 for numbers that read well as they are."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return 0
-    return math.floor(math.log10(abs(value)))
-
-
-def _times(power: int) -> str:
-    return f"·10{str(power).translate(_SUPERSCRIPTS)}" if power else ""
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, and all of those before the point."""
-    if value == 0:
-        return "0"
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{min(decimals, 6)}f}".replace("-", "−")
-
-
-def _tick(value: float) -> str:
-    return f"{value:,.6g}".replace("-", "−") if abs(value) >= 1e-3 or value == 0 else _number(value)
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.3g} %"
