@@ -13,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from browser import _chromium as _chromium
+from browser import browser as browser
 from checkpoints import make_checkpoint
 
 VOCABULARY = 512
