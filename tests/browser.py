@@ -39,8 +39,8 @@ class Watched:
     def check(self) -> None:
         """Fail where the page asked for anything or complained."""
         self.page.wait_for_timeout(20)  # events come during a call only
-        assert self.requests == []
-        assert self.errors == []
+        assert not self.requests, f"it asked for {self.requests}"
+        assert not self.errors, f"it says {self.errors}"
 
     def wait(self, expression: str, seconds: float = 20) -> Any:
         """Wait until an expression of JavaScript is truthy, and return it.
