@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from longsift.errors import OutputError, UsageError
 from longsift.selection import Choice, ScoreRule, Term, choose, select_table
+from longsift.tables import parquet_files
 from made_tables import LONGATTN, STRENGTH, Row, write_tables
 
 
@@ -329,6 +330,24 @@ def test_a_group_name_is_data_not_sql(tmp_path: Path) -> None:
     with choose(tmp_path / "scores", LONGATTN, budget=1000, mix={name: 1.0}) as choice:
         assert [window.rank for window in choice.ranked(name, 1, 2)] == [1, 2]
         assert choice.kept == 2
+
+
+def test_the_whole_ranking_is_written_with_the_place_of_every_window(tmp_path: Path) -> None:
+    rows = [Row("ab"[i % 2], i / 9) for i in range(7)]
+    write_tables(tmp_path, [rows[:3], [], [Row("a", None, status="failed"), *rows[3:]]])
+    with choose(tmp_path / "scores", STRENGTH, keep=0.5) as choice:
+        choice.write_ranking(tmp_path / "ranking.parquet")
+        kept = {(shard, row): (score, rank) for shard, row, _, score, rank in kept_rows(choice)}
+    written = {(row["shard"], row["row"]): row for row in pq.read_table(tmp_path / "ranking.parquet").to_pylist()}
+    scores = {path.stem: pq.read_table(path).to_pylist() for path in parquet_files(tmp_path / "scores")}
+    assert set(written) == {(shard, row) for shard, table in scores.items() for row in range(len(table))}
+    assert {place: (row["score"], row["rank"]) for place, row in written.items() if row["kept"]} == kept
+    for (shard, row), line in written.items():
+        assert [line[name] for name in ("window_id", "group", "n_tokens")] == [
+            scores[shard][row][name] for name in ("window_id", "group", "n_tokens")
+        ]
+        assert line["score"] == scores[shard][row]["dependency_strength"]
+    assert [line["rank"] for line in written.values() if line["score"] is None] == [None]
 
 
 def test_closing_removes_the_ranking_from_disk(tmp_path: Path) -> None:

@@ -236,6 +236,28 @@ class Choice:
             for shard in [bisect.bisect_right(self._ends, place)]
         ]
 
+    def write_ranking(self, path: Path) -> None:
+        """Write every window of the scores table as a row of a Parquet file, in no order.
+
+        Columns: `shard` string and `row` int64, its place in the windows table; `window_id` and `group` string;
+        `n_tokens` int32; `score` float64 and `rank` int64, null where it was not measured or is a duplicate; `kept`.
+        """
+        firsts = [0, *self._ends[:-1]]
+        filled = [i for i, (first, end) in enumerate(zip(firsts, self._ends, strict=True)) if first < end]
+        self._database.execute(
+            "CREATE OR REPLACE TEMP TABLE shards AS SELECT unnest(?::VARCHAR[]) AS shard, unnest(?::BIGINT[]) AS first",
+            [[self.shards[i] for i in filled], [firsts[i] for i in filled]],
+        )
+        self._database.execute(
+            f"""COPY (SELECT shard, place - first AS "row", window_id, "group"::VARCHAR AS "group", n_tokens,
+                             score, rank, coalesce(rank <= k, false) AS kept
+                      FROM (SELECT scored.rowid AS place, scored.window_id, scored."group", scored.n_tokens, score, rank
+                            FROM scored LEFT JOIN ranked ON scored.rowid = place) AS windows
+                      ASOF JOIN shards ON windows.place >= shards.first
+                      LEFT JOIN cuts USING ("group"))
+                TO {ranking.quoted(str(path))} (FORMAT parquet)"""
+        )
+
     def close(self) -> None:
         """Remove the ranking from disk."""
         self._database.close()
