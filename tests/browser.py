@@ -42,16 +42,15 @@ class Watched:
         assert not self.requests, f"it asked for {self.requests}"
         assert not self.errors, f"it says {self.errors}"
 
-    def wait(self, expression: str, seconds: float = 20) -> Any:
-        """Wait until an expression of JavaScript is truthy, and return it.
+    def wait(self, expression: str, seconds: float = 20) -> None:
+        """Wait until an expression of JavaScript is truthy.
 
         Playwright's own wait_for_function does so with `eval`, which the pages forbid.
         """
         end = time.monotonic() + seconds
-        while not (value := self.page.evaluate(expression)):
+        while not self.page.evaluate(f"Boolean({expression})"):
             assert time.monotonic() < end, f"{expression} is not so after {seconds} s; {self.errors}"
             time.sleep(0.02)
-        return value
 
     def screenshot(self, name: str, folder: Path, *, full: bool = True) -> Path:
         """Write NAME.png to the folder that LONGSIFT_SCREENSHOTS names, or to `folder`, and return its path."""

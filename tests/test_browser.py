@@ -33,6 +33,6 @@ def test_a_page_is_waited_for(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text(PAGE.format("<script>setTimeout(() => { it.textContent = 'late' }, 50)</script>"))
     watched = browser.open(path)
-    assert watched.wait("it.textContent == 'late'")
+    watched.wait("it.textContent == 'late'")
     watched.check()
     assert watched.screenshot("page", tmp_path).stat().st_size > 100

@@ -1,0 +1,101 @@
+"""Charts as Vega-Lite specifications: one theme for all pages, and builders for the charts that several pages have.
+
+Colours are the CSS variables of `base.html.jinja`, written `var(--kept)`: the charts are drawn as SVG, where the
+browser resolves them, so that a page that turns dark or is printed needs no drawing anew. Scales therefore never mix
+colours: a heat map varies the opacity of one. `charts.js` draws; every chart fills its element's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+KEPT, REST, CUT, INK, SOFT, LINE = (f"var(--{name})" for name in ("kept", "rest", "cut", "ink", "soft", "line"))
+_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+
+
+def theme() -> dict[str, Any]:
+    """Vega-Lite's `config` of all charts."""
+    text = {"labelColor": SOFT, "titleColor": SOFT, "labelFontSize": 11, "titleFontSize": 11.5, "titleFontWeight": 400}
+    return {
+        "font": _FONT,
+        "background": "transparent",
+        "view": {"stroke": None},
+        "axis": text
+        | {"domainColor": LINE, "tickColor": LINE, "gridColor": LINE, "gridDash": [1, 3], "labelFlush": True},
+        "axisX": {"grid": False, "titlePadding": 6, "tickSize": 4},
+        "axisY": {"domain": False, "ticks": False, "tickCount": 4, "titlePadding": 8},
+        "legend": text | {"orient": "top", "symbolType": "square", "symbolStrokeWidth": 0, "offset": 6},
+        "bar": {"color": REST},
+        "rect": {"color": KEPT},
+        "line": {"color": KEPT, "strokeWidth": 1.75},
+        "point": {"color": KEPT, "filled": True, "size": 30},
+        "rule": {"color": CUT, "strokeWidth": 1.5},
+        "text": {"color": SOFT, "fontSize": 11},
+    }
+
+
+def chart(description: str, *, height: int = 190, **parts: Any) -> dict[str, Any]:
+    """A whole specification.
+
+    Args:
+        description: what the chart shows, for those who do not see it.
+        height: in pixels; the width is that of the chart's element.
+        parts: the rest of the specification: data, mark, encoding, layer, params, …
+    """
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "description": description,
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit", "contains": "padding"},
+        "config": theme(),
+        **parts,
+    }
+
+
+def axis(field: str, title: str, **further: Any) -> dict[str, Any]:
+    """The encoding of a quantity, with a title that names its unit."""
+    return {"field": field, "type": "quantitative", "title": title, **further}
+
+
+def heat_map(
+    description: str,
+    cells: Sequence[Mapping[str, float]],
+    *,
+    x: str,
+    y: str,
+    count: str,
+    height: int = 260,
+) -> dict[str, Any]:
+    """Binned counts of two quantities, as cells whose opacity grows with the logarithm of the count.
+
+    Args:
+        cells: those that are not empty, each with `x`, `x2`, `y`, `y2` (its edges) and `n` (its count).
+        x, y, count: titles, with units.
+    """
+    return chart(
+        description,
+        height=height,
+        data={"values": list(cells)},
+        mark={"type": "rect", "tooltip": True},
+        encoding={
+            "x": axis("x", x, scale={"zero": False, "nice": False}),
+            "x2": {"field": "x2"},
+            "y": axis("y", y, scale={"zero": False, "nice": False}),
+            "y2": {"field": "y2"},
+            "opacity": axis(
+                "n",
+                count,
+                scale={"type": "log", "domainMin": 0.5, "range": [0.08, 1]},
+                legend={"gradientLength": 120, "tickCount": 3},
+            ),
+            "tooltip": [
+                {"field": "n", "title": count},
+                {"field": "x", "title": f"{x}, from", "format": ".4~g"},
+                {"field": "x2", "title": "to", "format": ".4~g"},
+                {"field": "y", "title": f"{y}, from", "format": ".4~g"},
+                {"field": "y2", "title": "to", "format": ".4~g"},
+            ],
+        },
+    )
