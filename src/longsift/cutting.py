@@ -1,4 +1,8 @@
-"""The windows stage: source files become parts of the windows table, one source at a time, resumable."""
+"""The windows stage: source files become parts of the windows table, in order, resumable after every part.
+
+A stopped source is read again up to the row that its last part ended in, which takes little next to tokenising: the
+same for every format, also for those that cannot be entered in the middle.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -39,6 +43,7 @@ from longsift.windows import (
 
 DEFAULT_WINDOW = 32_768
 _QUARANTINE_ROWS = 10_000  # of a file
+_COUNTS = ("documents", "too_short", "too_short_tokens", "windows", "tokens")  # of a `Tally`
 _NAMED = 5  # files that could not be read and that an error names
 _BYTES_EACH = 2 << 20  # of sources, often compressed, for which another process that cuts is worth its start
 
@@ -85,7 +90,7 @@ def cut_sources(
 ) -> dict[str, Any]:
     """Do as `cut` in a run folder whose lock is held.
 
-    A source that cannot be read does not stop the others: it is tried again when the run goes on.
+    A source that cannot be read does not stop the others: it is tried again when the run goes on, from where it failed.
 
     Args:
         on_part: called for every file of the windows table, those of an earlier process too, when it is there.
@@ -107,28 +112,32 @@ def cut_sources(
     if folder.begin("windows", identity, overwrite=overwrite):
         return dict(folder.section("windows")["counts"])
     done = folder.records("windows")
+    begun = {shard: Place(**content) for shard, content in folder.places().items()}
     cutter = Cutter(model, options)
-    left: list[tuple[str, Source]] = []
+    left: list[tuple[str, Source, Place]] = []
     for number, source in enumerate(sources):
         shard = f"{number:05d}"
         if shard not in done:
-            left.append((shard, source))
-            continue
+            place = begun.get(shard, Place())
+            left.append((shard, source, place))
+            _drop_after(folder.windows, shard, place.parts)
+            _drop_after(folder.quarantine, shard, place.quarantined)
         for path in sorted(folder.windows.glob(f"{shard}-*.parquet")):
             on_part(path)
             if cutter.sample is not None:
                 for window_id in pq.read_table(path, columns=["window_id"])["window_id"].to_pylist():
                     cutter.sample.offer(sample_key(window_id, options.seed))
-    total, bytes_left = (sum(source.size for source in some) for some in (sources, (source for _, source in left)))
+    total, bytes_left = (sum(source.size for source in some) for some in (sources, (source for _, source, _ in left)))
     with Progress("windows", total, "bytes", done=total - bytes_left, quiet=quiet) as progress, ExitStack() as stack:
 
         def rows() -> Iterator[Iterator[Document | BadRow]]:
-            for _, source in left:
+            for _, source, place in left:
                 documents = read_documents(source, cutter.read, progress.advance)
                 if options.limit is None:
-                    yield _as_far_as_it_goes(documents, source)
+                    documents = _as_far_as_it_goes(documents, source)
                 else:
-                    yield first_documents(documents, options.limit - sum(r["documents"] for r in done.values()))
+                    documents = first_documents(documents, options.limit - sum(r["documents"] for r in done.values()))
+                yield islice(documents, place.rows, None)
 
         processes = _processes(options, bytes_left)
         cut_rows: Iterator[Iterator[Window | TooShort | BadRow]]
@@ -140,9 +149,9 @@ def cut_sources(
         else:
             cut_rows = map(cutter.windows, rows())
         unread: list[InputError] = []
-        for (shard, _), cut in zip(left, cut_rows, strict=True):
+        for (shard, _, place), cut in zip(left, cut_rows, strict=True):
             try:
-                done[shard] = cutter.keep(cut, shard, folder, progress, on_part)
+                done[shard] = cutter.keep(cut, shard, place, folder, progress, on_part)
             except InputError as error:
                 unread.append(error)
             else:
@@ -170,6 +179,24 @@ def _processes(options: WindowOptions, size: int) -> int:
         return options.cut_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, size // _BYTES_EACH)
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a source was cut when a part of its windows was written.
+
+    Attributes:
+        rows: documents and bad rows before the one that its last window is of.
+        windows: of that one, which are written.
+        parts, quarantined: files of windows and of the quarantine that are written.
+        record: what was counted so far, as in the record of a finished source.
+    """
+
+    rows: int = 0
+    windows: int = 0
+    parts: int = 0
+    quarantined: int = 0
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 class Cutter:
@@ -206,22 +233,43 @@ class Cutter:
         self,
         rows: Iterable[Window | TooShort | BadRow],
         shard: str,
+        place: Place,
         folder: RunFolder,
         progress: Progress,
         on_part: Callable[[Path], None],
     ) -> dict[str, Any]:
         """Write what became of one source into the parts `<shard>-<part>.parquet`; returns what was counted.
 
+        Args:
+            rows: of the source, from the row `place.rows` on.
+            place: how far an earlier process came.
+
         Raises:
             InputError: the source could not be read, or not to its end.
         """
         started = time.perf_counter()
-        tally = Tally()
-        windows = _Parts(folder.windows, shard, windows_table, on_part)
-        quarantine = _Parts(folder.quarantine, shard, _quarantine_table)
+        tally = Tally(
+            **{name: place.record.get(name, 0) for name in _COUNTS},
+            bad_rows=Counter(place.record.get("reasons", {})),
+        )
+        windows = _Parts(folder.windows, shard, windows_table, on_part, place.parts)
+        quarantine = _Parts(folder.quarantine, shard, _quarantine_table, written=place.quarantined)
         tokens = 0
         unread: _Unread | None = None
-        for row in rows:
+
+        def record() -> dict[str, Any]:
+            counts = {name: getattr(tally, name) for name in _COUNTS}
+            seconds = place.record.get("seconds", 0.0) + time.perf_counter() - started
+            about = {key: value or place.record.get(key) for key, value in self._describe().items()}
+            return {
+                **counts,
+                "bad_rows": tally.bad_rows.total(),
+                "reasons": dict(tally.bad_rows),
+                "seconds": round(seconds, 3),
+                **about,
+            }
+
+        for row in islice(rows, place.windows, None):
             tally.add(row)
             if isinstance(row, _Unread):
                 unread = row  # the last, but rows have to be used up
@@ -235,23 +283,17 @@ class Cutter:
                     windows.add(row)
                     tokens += len(row.input_ids)
                     if tokens >= self.options.shard_tokens:
+                        quarantine.write()
                         windows.write()
                         tokens = 0
+                        before = tally.documents + tally.bad_rows.total() - 1
+                        reached = Place(before, row.index + 1, windows.written, quarantine.written, record())
+                        folder.mark_place(shard, dataclasses.asdict(reached))
         if unread is not None:
             raise InputError(unread.reason)
         windows.write()
         quarantine.write()
-        return {
-            "documents": tally.documents,
-            "bad_rows": tally.bad_rows.total(),
-            "reasons": dict(tally.bad_rows),
-            "too_short": tally.too_short,
-            "too_short_tokens": tally.too_short_tokens,
-            "windows": tally.windows,
-            "tokens": tally.tokens,
-            "seconds": round(time.perf_counter() - started, 3),
-            **self._describe(),
-        }
+        return record()
 
     def windows(self, rows: Iterable[Document | BadRow]) -> Iterator[Window | TooShort | BadRow]:
         # Rows that carry ids need no tokenizer, so one is loaded only where a row of text comes.
@@ -284,12 +326,8 @@ class _Parts(Generic[Row]):
     shard: str
     as_table: Callable[[list[Row]], pa.Table]
     on_part: Callable[[Path], None] = lambda path: None
-    held: list[Row] = field(default_factory=list)
     written: int = 0
-
-    def __post_init__(self) -> None:
-        for leftover in self.folder.glob(f"{self.shard}-*.parquet"):  # of a run that was stopped in this shard
-            leftover.unlink()
+    held: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
         self.held.append(row)
@@ -301,6 +339,12 @@ class _Parts(Generic[Row]):
                 pq.write_table(self.as_table(self.held), temporary, compression="zstd")
             self.held, self.written = [], self.written + 1
             self.on_part(path)
+
+
+def _drop_after(folder: Path, shard: str, written: int) -> None:
+    """Remove the parts that were written after the last place was marked."""
+    for leftover in sorted(folder.glob(f"{shard}-*.parquet"))[written:]:
+        leftover.unlink()
 
 
 def _quarantine_table(rows: list[BadRow]) -> pa.Table:

@@ -24,7 +24,7 @@ from longsift.tables import publish
 Stage = Literal["windows", "scores", "selected"]
 _STAGES: tuple[Stage, ...] = ("windows", "scores", "selected")
 _OUTPUTS: dict[Stage, tuple[str, ...]] = {
-    "windows": ("windows", "quarantine", "shards/windows"),
+    "windows": ("windows", "quarantine", "shards/windows", "shards/begun"),
     "scores": ("scores", "shards/scores", "shards/set-aside", "shards/now.json"),
     "selected": ("selected", "report.html"),
 }
@@ -168,11 +168,22 @@ class RunFolder:
     def record(self, stage: Stage, shard: str, content: dict[str, Any]) -> None:
         """Write the record that says a shard is done."""
         write_json(self.path / "shards" / stage / f"{shard}.json", content)
+        if stage == "windows":
+            (self.path / "shards" / "begun" / f"{shard}.json").unlink(missing_ok=True)
 
     def records(self, stage: Stage) -> dict[str, dict[str, Any]]:
         """The records of the finished shards of a stage, by shard, in order."""
         folder = self.path / "shards" / stage
         return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+    def mark_place(self, source: str, content: dict[str, Any]) -> None:
+        """Write how far a source is cut into windows."""
+        write_json(self.path / "shards" / "begun" / f"{source}.json", content)
+
+    def places(self) -> dict[str, dict[str, Any]]:
+        """How far the sources are cut that are begun and not done, by their number."""
+        paths = (self.path / "shards" / "begun").glob("*.json")
+        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)}
 
     def set_aside(self, shard: str, reason: str) -> None:
         """Write the record that says that a shard of the scores stage could not be done, and why."""

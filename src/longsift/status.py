@@ -42,7 +42,8 @@ def run_status(out: Path) -> dict[str, Any]:
         records: Collection[dict[str, Any]] = folder.records("windows").values()
         names = ("documents", "bad_rows", "too_short", "windows", "tokens")
         done = windows["status"] == "done"
-        counts = windows["counts"] if done else _sums(records, *names)
+        begun = [place["record"] for place in folder.places().values()]
+        counts = windows["counts"] if done else _sums([*records, *begun], *names)
         state["windows"] = {
             "state": stage_state(windows["status"]),
             "sources done": len(records),

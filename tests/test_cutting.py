@@ -1,0 +1,134 @@
+"""Cutting that is stopped inside a source goes on there, and the tables are those of a cutting that was not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from longsift.cutting import cut_sources
+from longsift.options import ModelOptions, WindowOptions
+from longsift.shards import RunFolder
+from longsift.sources import find_sources
+from longsift.status import run_status
+from longsift.tables import parquet_files
+
+WORDS = ["river", "stone", "of", "the", "light", "and", "seven", "under", "letters", "\n", "count", "again", "."]
+
+
+def rows() -> list[dict]:
+    """Documents from too short to many windows, rows of ids among them."""
+    draw = random.Random(5)
+    documents: list[dict] = []
+    for number in range(40):
+        if number % 9 == 4:
+            documents.append({"id": f"ids-{number}", "input_ids": [draw.randrange(5, 900) for _ in range(70)]})
+        else:
+            text = " ".join(draw.choices(WORDS, k=draw.choice((20, 90, 300, 900))))
+            documents.append({"id": f"text-{number}", "text": text})
+    return documents
+
+
+def write(folder: Path, kind: str) -> list[str]:
+    """Two sources of the documents; JSON lines have bad rows among them."""
+    folder.mkdir()
+    for half, some in enumerate((rows()[:30], rows()[30:])):
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(some), folder / f"{half}.parquet", row_group_size=7)
+            continue
+        lines = [json.dumps(row) for row in some]
+        for at in (3, 11, 12):
+            lines[at:at] = ["{broken" if at % 2 else ""]
+        text = "\n".join(lines).encode()
+        if kind == "gz":
+            (folder / f"{half}.jsonl.gz").write_bytes(gzip.compress(text))
+        else:
+            (folder / f"{half}.jsonl").write_bytes(text)
+    return [str(folder)]
+
+
+class Stopped(Exception):
+    """The process ends here."""
+
+
+def cut(inputs: list[str], out: Path, options: WindowOptions, parts: int | None = None) -> int:
+    """Cut, and stop when `parts` parts were written or offered; how many were."""
+    offered: list[Path] = []
+
+    def count(path: Path) -> None:
+        offered.append(path)
+        if len(offered) == parts:
+            raise Stopped
+
+    folder = RunFolder(out)
+    with folder.lock():
+        cut_sources(find_sources(inputs), folder, ModelOptions(), options, overwrite=False, quiet=True, on_part=count)
+    return len(offered)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {
+        f"{name}/{path.name}": path.read_bytes()
+        for name in ("windows", "quarantine")
+        for path in parquet_files(out / name)
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "every"),
+    [
+        pytest.param("jsonl", {}, 1, id="JSON lines"),
+        pytest.param("gz", {}, 2, id="gzip"),
+        pytest.param("parquet", {}, 2, id="Parquet"),
+        pytest.param("jsonl", {"cut_workers": 2}, 4, id="two processes"),
+        pytest.param("parquet", {"limit": 33}, 2, id="limited"),
+        pytest.param("gz", {"sample": 20, "seed": 3}, 1, id="sampled"),
+    ],
+)
+def test_cutting_that_is_stopped_after_its_parts_gives_the_same_tables(tmp_path, kind, more, every):
+    inputs = write(tmp_path / "in", kind)
+    options = WindowOptions(window=64, shard_tokens=256, **({"cut_workers": 1} | more))
+    parts = cut(inputs, tmp_path / "quiet", options)
+    assert parts > 6
+    for part in range(1, parts + 1, every):  # each goes on with what those before it left
+        with pytest.raises(Stopped):
+            cut(inputs, tmp_path / "out", options, parts=part)
+    assert cut(inputs, tmp_path / "out", options) == parts
+    assert contents(tmp_path / "out") == contents(tmp_path / "quiet")
+    quiet, stopped = (RunFolder(tmp_path / name).section("windows") for name in ("quiet", "out"))
+    assert stopped["counts"] == quiet["counts"]
+    assert (stopped["tokenizer"], stopped["length"]) == (quiet["tokenizer"], 64)
+    assert not list((tmp_path / "out" / "shards" / "begun").iterdir())
+
+
+def test_parts_before_the_stop_are_left_as_they_are_and_status_counts_them(tmp_path):
+    inputs = write(tmp_path / "in", "jsonl")
+    options = WindowOptions(window=64, shard_tokens=256, cut_workers=1)
+    with pytest.raises(Stopped):
+        cut(inputs, tmp_path / "out", options, parts=5)
+    before = {path: path.stat().st_mtime_ns for path in parquet_files(tmp_path / "out" / "windows")}
+    assert len(before) == 5
+    marked = sum(pq.read_metadata(path).num_rows for path in sorted(before)[:4])  # it ended before it marked the last
+    state = run_status(tmp_path / "out")["windows"]
+    assert (state["sources done"], state["windows"]) == (0, marked)
+    with pytest.raises(Stopped):
+        cut(inputs, tmp_path / "out", options, parts=6)
+    after = {path: path.stat().st_mtime_ns for path in parquet_files(tmp_path / "out" / "windows")}
+    assert [path.name for path in before if after[path] != before[path]] == ["00000-00004.parquet"]
+
+
+def test_overwriting_forgets_where_an_earlier_cutting_stopped(tmp_path):
+    inputs = write(tmp_path / "in", "jsonl")
+    with pytest.raises(Stopped):
+        cut(inputs, tmp_path / "out", WindowOptions(window=64, shard_tokens=256, cut_workers=1), parts=5)
+    other = WindowOptions(window=96, shard_tokens=512, cut_workers=1)
+    folder = RunFolder(tmp_path / "out")
+    with folder.lock():
+        cut_sources(find_sources(inputs), folder, ModelOptions(), other, overwrite=True, quiet=True)
+    cut(inputs, tmp_path / "quiet", other)
+    assert contents(tmp_path / "out") == contents(tmp_path / "quiet")
