@@ -168,6 +168,10 @@ class WindowTokenizer:
             for parts in collected
         ]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included; characters that are cut at an end are replaced by U+FFFD."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
     def _encode(self, texts: Sequence[str]) -> list[Encoded]:
         return [
             Encoded(
