@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from longsift import ranking
+from longsift import distributions, ranking
+from longsift.distributions import Cell, Histogram, Sketch
 from longsift.errors import OutputError, UsageError
 from longsift.ranking import Quota as Quota
 from longsift.rules import ScoreRule as ScoreRule
@@ -80,16 +81,6 @@ class GroupChoice:
     def overlapping(self) -> int:
         """Kept windows that overlap a better one: the group has no others left."""
         return max(0, self.kept - (self.windows - self.behind))
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts of a group's scores in equal bins between `low` and `high`; `kept` counts the kept ones."""
-
-    low: float
-    high: float
-    counts: tuple[int, ...]
-    kept: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -200,17 +191,37 @@ class Choice:
         low, high = min(lows), max(highs)
         if low == high:
             low, high = low - 0.5, high + 0.5
-        rows = self._database.execute(
-            """SELECT "group", least(floor((score - ?) / ? * ?), ?)::INTEGER AS bin, count(*),
-                      count(*) FILTER (rank <= k)
-               FROM ranked JOIN cuts USING ("group") GROUP BY ALL""",
-            [low, high - low, bins, bins - 1],
-        ).fetchall()
-        counts: dict[str, list[int]] = {group.group: [0] * bins for group in self.groups if group.windows}
-        kept: dict[str, list[int]] = {group: [0] * bins for group in counts}
-        for group, index, count, kept_count in rows:
-            counts[group][index], kept[group][index] = count, kept_count
-        return {group: Histogram(low, high, tuple(counts[group]), tuple(kept[group])) for group in counts}
+        groups = [group.group for group in self.groups if group.windows]
+        return distributions.histograms(self._database, groups, low, high, bins)
+
+    def sketches(self, apart: Sequence[str], steps: int = 1000) -> dict[str | None, Sketch]:
+        """What a plain share of 1/steps, 2/steps, … would keep: of the groups `apart`, and of all others under None."""
+        return distributions.sketches(self._database, apart, steps)
+
+    def measures(self, x: int, y: int, bins: int) -> list[Cell]:
+        """Windows by two columns of the rule, its terms number `x` and `y`; of a list its mean is taken."""
+        return distributions.cells(self._database, f"c{x}", f"c{y}", bins)
+
+    def lengths(self, bins: int) -> list[Cell] | None:
+        """Windows by the tokens of their document up to its last window, in bins of a logarithm, and their score.
+
+        None where the score files do not say where a window starts.
+        """
+        return distributions.cells(self._database, "length", "score", bins, log_x=True) if self._extents() else None
+
+    def depths(self, bins: int) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
+        """Windows and kept windows by the place of their middle in the document, and how many are all of theirs.
+
+        None where the score files do not say where a window starts.
+        """
+        return distributions.depths(self._database, bins) if self._extents() else None
+
+    def _extents(self) -> bool:
+        files = [self.scores / f"{shard}.parquet" for shard in self.shards]
+        if not all("start" in pq.read_schema(path).names for path in files):
+            return False
+        distributions.load_extents(self._database, files)
+        return True
 
     def ranked(self, group: str, first: int, last: int) -> list[RankedWindow]:
         """The windows of `group` with ranks `first` to `last`, both included, best first."""
