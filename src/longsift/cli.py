@@ -336,6 +336,27 @@ def report(*, out: Folder, as_json: Json = False, verbose: Verbose = 0) -> None:
 
 
 @_command
+def compare(
+    *,
+    out_a: Annotated[Path, typer.Argument(help="Folder of a scored run, A.", show_default=False)],
+    out_b: Annotated[Path, typer.Argument(help="Folder of another one over the same windows, B.", show_default=False)],
+    page: Annotated[Path | None, typer.Option("-o", "--out", help="The page. [default: OUT_B/compare.html]")] = None,
+    shares: Annotated[
+        str, typer.Option(help="Top shares of every group whose overlap is told.")
+    ] = "0.05,0.125,0.25,0.5",
+    as_json: Json = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Compare how two runs rank the same windows: correlation, overlap, and where they disagree, as a page."""
+    from longsift import comparison
+    from longsift.report.compare import write_comparison
+
+    result = comparison.compare_runs(out_a, out_b, comparison.parse_shares(shares))
+    where = {"page": str(write_comparison(result, page or out_b / "compare.html"))}
+    _print((result.as_dict() if as_json else comparison.summary(result)) | where, as_json)
+
+
+@_command
 def train_calculator(
     *,
     inputs: Inputs,
