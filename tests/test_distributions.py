@@ -118,6 +118,16 @@ def test_a_run_without_a_measured_window_has_no_cells(tmp_path: Path) -> None:
         assert choice.sketches([]) == {}
 
 
+def test_failures_are_found_by_reason_in_order(tmp_path: Path) -> None:
+    failed = Row(status="failed", strength=None)
+    write_tables(tmp_path, [[Row(), failed, failed], [failed]])
+    with choose(tmp_path / "scores", STRENGTH, keep=1.0) as choice:
+        found = choice.failures(["out of memory", "other"], 2)
+    assert {reason: [(one.shard, one.row, one.window_id) for one in some] for reason, some in found.items()} == {
+        "out of memory": [("shard-00000", 1, "d0-1:0"), ("shard-00000", 2, "d0-2:0")]
+    }
+
+
 def test_a_range_without_a_width_gets_one(tmp_path: Path) -> None:
     write_tables(tmp_path, [[Row(), Row()]])
     with choose(tmp_path / "scores", LONGATTN, keep=1.0) as choice:

@@ -62,6 +62,15 @@ class Cell:
     kept: int
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A window that was not scored; `shard` and `row` say where it stands in the windows table."""
+
+    shard: str
+    row: int
+    window_id: str
+
+
 def histograms(database: Any, groups: Sequence[str], low: float, high: float, bins: int) -> dict[str, Histogram]:
     """Histograms of the scores of `groups`, which have measured windows; all scores are from `low` to `high`."""
     rows = database.execute(
@@ -174,6 +183,23 @@ def cells(database: Any, x: str, y: str, bins: int, *, log_x: bool = False) -> l
         Cell(edge(i), edge(i + 1), low_y + j * step_y, low_y + (j + 1) * step_y, windows, kept)
         for i, j, windows, kept in rows
     ]
+
+
+def failures(database: Any, files: Sequence[Path], reasons: Sequence[str], most: int) -> dict[str, list[Failure]]:
+    """The first windows that were not scored for each of `reasons`, in order, at most `most` of each."""
+    rows = database.execute(
+        """SELECT reason, filename, file_row_number, window_id FROM (
+               SELECT *, row_number() OVER (PARTITION BY reason ORDER BY filename, file_row_number) AS number
+               FROM (SELECT reason, filename, file_row_number, window_id
+                     FROM read_parquet(?, filename = true, file_row_number = true)
+                     WHERE status <> 'ok' AND list_contains(?, reason)))
+           WHERE number <= ? ORDER BY ALL""",
+        [[str(path) for path in files], list(reasons), most],
+    ).fetchall()
+    found: dict[str, list[Failure]] = {}
+    for reason, file, row, window_id in rows:
+        found.setdefault(reason, []).append(Failure(Path(file).stem, row, window_id))
+    return found
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

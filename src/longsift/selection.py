@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longsift import distributions, ranking
-from longsift.distributions import Cell, Histogram, Sketch
+from longsift.distributions import Cell, Failure, Histogram, Sketch
 from longsift.errors import OutputError, UsageError
 from longsift.ranking import Quota as Quota
 from longsift.rules import ScoreRule as ScoreRule
@@ -216,11 +216,18 @@ class Choice:
         """
         return distributions.depths(self._database, bins) if self._extents() else None
 
+    def failures(self, reasons: Sequence[str], most: int) -> dict[str, list[Failure]]:
+        """The first windows that were not scored for each of `reasons`, at most `most` of each."""
+        return distributions.failures(self._database, self._files, reasons, most)
+
+    @property
+    def _files(self) -> list[Path]:
+        return [self.scores / f"{shard}.parquet" for shard in self.shards]
+
     def _extents(self) -> bool:
-        files = [self.scores / f"{shard}.parquet" for shard in self.shards]
-        if not all("start" in pq.read_schema(path).names for path in files):
+        if not all("start" in pq.read_schema(path).names for path in self._files):
             return False
-        distributions.load_extents(self._database, files)
+        distributions.load_extents(self._database, self._files)
         return True
 
     def ranked(self, group: str, first: int, last: int) -> list[RankedWindow]:

@@ -14,10 +14,11 @@ from typing import Any
 
 import duckdb
 
+from longsift.distributions import Histogram
 from longsift.errors import OutputError
 from longsift.report.rendering import render
 from longsift.report.words import scaled, share, tick, tokens
-from longsift.selection import Choice, GroupChoice, Histogram, RankedWindow
+from longsift.selection import Choice, GroupChoice, RankedWindow
 from longsift.tables import parquet_files, publish
 
 _GROUPS = 24  # with a chart and windows of their own; the table has all

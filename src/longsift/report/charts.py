@@ -59,39 +59,73 @@ def axis(field: str, title: str, **further: Any) -> dict[str, Any]:
     return {"field": field, "type": "quantitative", "title": title, **further}
 
 
+def histogram(
+    description: str, bars: Sequence[Mapping[str, float]], *, x: str, count: str = "windows", height: int = 170
+) -> dict[str, Any]:
+    """Counts by bin, those of kept windows in their own colour, and a line at the cut.
+
+    The page's script may give other values to the data sets `bars` and `cut` (of one row {x}, or of none).
+
+    Args:
+        bars: `x`, `x2` (a bin's edges), `n` (its count) and `kept` (of these) of each.
+        x, count: titles, with units.
+    """
+    edges = {"x": axis("x", x, bin={"binned": True}, axis={"tickCount": 6}), "x2": {"field": "x2"}}
+    tooltip = [
+        {"field": "n", "title": count, "format": ","},
+        {"field": "kept", "title": "selected", "format": ","},
+        {"field": "x", "title": f"{x}, from", "format": ".4~g"},
+        {"field": "x2", "title": "to", "format": ".4~g"},
+    ]
+    gap = {"type": "bar", "binSpacing": 0.6, "tooltip": True}
+    return chart(
+        description,
+        height=height,
+        datasets={"bars": list(bars), "cut": []},
+        data={"name": "bars"},
+        layer=[
+            {"mark": gap, "encoding": {**edges, "y": axis("n", count, axis={"format": "~s"}), "tooltip": tooltip}},
+            {"mark": {**gap, "color": KEPT}, "encoding": {**edges, "y": axis("kept", count), "tooltip": tooltip}},
+            {"data": {"name": "cut"}, "mark": "rule", "encoding": {"x": {"field": "x", "type": "quantitative"}}},
+        ],
+    )
+
+
 def heat_map(
     description: str,
     cells: Sequence[Mapping[str, float]],
     *,
     x: str,
     y: str,
-    count: str,
-    height: int = 260,
+    count: str = "windows",
+    log_x: bool = False,
+    height: int = 230,
 ) -> dict[str, Any]:
-    """Binned counts of two quantities, as cells whose opacity grows with the logarithm of the count.
+    """Binned counts of two quantities: the more windows, the denser a cell.
 
     Args:
-        cells: those that are not empty, each with `x`, `x2`, `y`, `y2` (its edges) and `n` (its count).
+        cells: those that are not empty, each with `x`, `x2`, `y`, `y2` (its edges) and `n` (its count); and with
+            `kept`, how many of these are, the colour says whether most are.
         x, y, count: titles, with units.
+        log_x: a logarithmic axis.
     """
+    scale = {"zero": False, "nice": False}
+    selected = [{"field": "kept", "title": "selected", "format": ","}] if any("kept" in cell for cell in cells) else []
     return chart(
         description,
         height=height,
         data={"values": list(cells)},
         mark={"type": "rect", "tooltip": True},
         encoding={
-            "x": axis("x", x, scale={"zero": False, "nice": False}),
+            "x": axis("x", x, scale=scale | ({"type": "log"} if log_x else {}), axis={"format": "~s", "tickCount": 5}),
             "x2": {"field": "x2"},
-            "y": axis("y", y, scale={"zero": False, "nice": False}),
+            "y": axis("y", y, scale=scale, axis={"format": ".3~g"}),
             "y2": {"field": "y2"},
-            "opacity": axis(
-                "n",
-                count,
-                scale={"type": "log", "domainMin": 0.5, "range": [0.08, 1]},
-                legend={"gradientLength": 120, "tickCount": 3},
-            ),
+            "fill": {"condition": {"test": "datum.kept * 2 < datum.n", "value": REST}, "value": KEPT},
+            "opacity": axis("n", count, scale={"type": "log", "domainMin": 0.5, "range": [0.15, 1]}, legend=None),
             "tooltip": [
-                {"field": "n", "title": count},
+                {"field": "n", "title": count, "format": ","},
+                *selected,
                 {"field": "x", "title": f"{x}, from", "format": ".4~g"},
                 {"field": "x2", "title": "to", "format": ".4~g"},
                 {"field": "y", "title": f"{y}, from", "format": ".4~g"},
