@@ -115,6 +115,43 @@ def test_far_statistics_match_the_reference_without_the_first_keys(backend: str,
     assert_far_statistics_exact(q, k, distance, skip=skip, backend=backend)
 
 
+@pytest.mark.parametrize("window", [1, 64, 100, 225, 226, 511, 899, 900, 5000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_far_statistics_of_a_sliding_layer_match_the_reference(backend: str, window: int) -> None:
+    q, k = queries_and_keys(8, 2, 900, 16)
+    options: dict[str, Any] = {"sliding_window": window, "backend": backend}
+    for distance, skip, softcap in ((225, 0, None), (225, 128, 3.0), (0, 0, None), (70, 300, None)):
+        assert_far_statistics_exact(q, k, distance, skip=skip, softcap=softcap, **options)
+    measured = far_statistics(q, k, 225, **options)
+    if window >= 900:
+        assert torch.equal(measured.squares, far_statistics(q, k, 225, backend=backend).squares)
+    if window <= 225:
+        assert not measured.mass.any()
+        assert not measured.variance.any()
+
+
+@pytest.mark.parametrize("window", [3, 90, 200])
+@pytest.mark.parametrize("rows", [[299], [0], [5, 6, 80, 140, 141, 142, 260], list(range(3, 300, 8))], ids=len)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_chosen_rows_of_a_sliding_layer_are_rows_of_the_whole(backend: str, rows: list[int], window: int) -> None:
+    q, k = queries_and_keys(4, 2, 300, 16)
+    some = torch.tensor(rows)
+    every = far_statistics(q.double(), k.double(), 75, skip=20, sliding_window=window, backend="reference")
+    measured = far_statistics(q[:, :, some], k, 75, rows=some, skip=20, sliding_window=window, backend=backend)
+    assert_close(measured.mass, every.mass[:, :, some])
+    assert_close(measured.squares, every.squares[:, :, some])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_sliding_layer_no_longer_sees_can_be_anything(backend: str) -> None:
+    q, k = queries_and_keys(2, 1, 600, 8)
+    seen = far_statistics(q, k, 50, sliding_window=200, backend=backend)
+    k[:, :, :150] = torch.nan
+    hidden = far_statistics(q, k, 50, sliding_window=200, backend=backend)
+    assert hidden.mass[:, :, : 149 + 200].isnan().all()
+    assert_close(hidden.mass[:, :, 149 + 200 :], seen.mass[:, :, 149 + 200 :])
+
+
 @pytest.mark.parametrize("denominator", ["prior", "causal"])
 @pytest.mark.parametrize("span", [1, 16, 37, 600])
 @pytest.mark.parametrize(("heads", "kv_heads", "length", "head_dim"), SHAPES[1:])
@@ -142,15 +179,24 @@ def test_span_focus_matches_the_reference_under_a_soft_cap(backend: str) -> None
     kv_heads=st.integers(1, 2),
     distance=st.integers(0, 100),
     skip=st.integers(0, 100),
+    window=st.none() | st.integers(1, 100),
     span=st.integers(1, 90),
     denominator=st.sampled_from(["prior", "causal"]),
     seed=st.integers(0, 1000),
 )
 def test_any_small_window_matches_the_reference(
-    length: int, group: int, kv_heads: int, distance: int, skip: int, span: int, denominator: str, seed: int
+    length: int,
+    group: int,
+    kv_heads: int,
+    distance: int,
+    skip: int,
+    window: int | None,
+    span: int,
+    denominator: str,
+    seed: int,
 ) -> None:
     q, k = queries_and_keys(group * kv_heads, kv_heads, length, 5, batch=2, seed=seed)
-    assert_far_statistics_exact(q, k, distance, skip=skip, scale=0.4, backend="cpu")
+    assert_far_statistics_exact(q, k, distance, skip=skip, scale=0.4, sliding_window=window, backend="cpu")
     assert_span_focus_exact(q, k, min(span, length), denominator=denominator, scale=0.4, backend="cpu")
 
 

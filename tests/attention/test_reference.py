@@ -52,6 +52,30 @@ def test_far_statistics_are_the_sum_and_variance_of_the_far_map(distance: int, s
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [1, 3, 4, LENGTH - 1, LENGTH, LENGTH + 2])
+@pytest.mark.parametrize("distance", [0, 1, 3])
+def test_far_keys_of_a_sliding_layer_are_those_between_the_distance_and_its_window(
+    distance: int, window: int, softcap: float | None
+) -> None:
+    q, k, _ = queries_keys_values()
+    options = {"scale": SCALE, "softcap": softcap, "sliding_window": window}
+    measured = far_statistics(q, k, distance, backend="reference", **options)  # type: ignore[arg-type]
+    for head in range(HEADS):
+        far_map = [
+            probability_by_hand(head, n, m, range(max(0, n - window + 1), n + 1), softcap)
+            if distance <= n - m < window
+            else 0.0
+            for n in range(LENGTH)
+            for m in range(LENGTH)
+        ]
+        mean = sum(far_map) / len(far_map)
+        variance = sum((p - mean) ** 2 for p in far_map) / (len(far_map) - 1)
+        assert float(measured.strength[0, head]) == pytest.approx(sum(far_map) / LENGTH, rel=1e-12)
+        assert float(measured.variance[0, head]) == pytest.approx(variance, rel=1e-10, abs=1e-18)
+        assert (float(measured.strength[0, head]) == 0) == (window <= distance)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("denominator", ["prior", "causal"])
 @pytest.mark.parametrize("span", [1, 2, 3, LENGTH])
 def test_span_focus_is_the_mass_between_spans_aligned_to_the_end(

@@ -133,6 +133,88 @@ def test_chosen_rows_match_the_reference(rows: list[int]) -> None:
     assert_far_exact(q[:, :, some], k, 75, rows=some, skip=20)
 
 
+@pytest.mark.parametrize(
+    ("window", "distance", "skip"),
+    [
+        pytest.param(1, 0, 0, id="itself"),
+        pytest.param(20, 3, 0, id="within-a-tile"),
+        pytest.param(128, 40, 260, id="whole-tiles"),
+        pytest.param(131, 130, 70, id="one-far-key"),
+        pytest.param(250, 99, 0, id="most"),
+        pytest.param(399, 64, 1, id="all-but-one-key"),
+        pytest.param(90, 90, 0, id="nothing-far"),
+    ],
+)
+def test_far_statistics_of_a_sliding_layer_match_the_reference(window: int, distance: int, skip: int) -> None:
+    q, k = queries_and_keys(2, 1, 400, 16, torch.float16)
+    assert_far_exact(q, k, distance, skip=skip, sliding_window=window)
+    measured = far_statistics(q, k, distance, skip=skip, sliding_window=window, backend="triton")
+    assert bool(measured.mass.any()) == (window > distance)
+
+
+def test_a_window_that_slides_beyond_all_keys_has_the_bits_of_none() -> None:
+    q, k = queries_and_keys(2, 1, 200, 16, torch.float16)
+    whole, slid = (far_statistics(q, k, 50, sliding_window=window, backend="triton") for window in (None, 200))
+    assert torch.equal(slid.squares, whole.squares)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "length", "head_dim", "_span"), SHAPES)
+def test_far_statistics_of_a_sliding_layer_match_the_reference_in_any_shape(
+    heads: int, kv_heads: int, length: int, head_dim: int, _span: int, dtype: torch.dtype
+) -> None:
+    skip_twin(dtype, length % 2 == 1)
+    if not ON_GPU and heads > 4:
+        pytest.skip("in the interpreter with fewer heads")
+    q, k = queries_and_keys(heads, kv_heads, length, head_dim, dtype)
+    assert_far_exact(q, k, length - 3 * (length // 4), sliding_window=length // 2 + 3, softcap=20.0)
+
+
+@pytest.mark.parametrize("window", [3, 90, 200])
+@pytest.mark.parametrize("rows", [[299], [5, 6, 80, 140, 141, 142, 260], list(range(3, 300, 2))], ids=len)
+def test_chosen_rows_of_a_sliding_layer_match_the_reference(rows: list[int], window: int) -> None:
+    q, k = queries_and_keys(4, 2, 300, 16)
+    some = torch.tensor(rows, device=DEVICE)
+    assert_far_exact(q[:, :, some], k, 75, rows=some, skip=20, sliding_window=window)
+
+
+@pytest.mark.parametrize("window", [5, 150])
+def test_what_a_sliding_layer_no_longer_sees_can_be_anything(window: int) -> None:
+    length = 300
+    q = torch.ones(1, 1, length, 1, device=DEVICE)
+    k = torch.linspace(-3, 3, length, device=DEVICE).view(1, 1, length, 1)
+    k[0, 0, 100] = 500.0  # overflows every sum of a row that sees it
+    assert_far_exact(q, k, 60, relative=1e-4, scale=1.0, sliding_window=window)
+    seen = far_statistics(q, k, 60, scale=1.0, sliding_window=window, backend="triton")
+    k[0, 0, 100] = torch.nan
+    hidden = far_statistics(q, k, 60, scale=1.0, sliding_window=window, backend="triton")
+    assert hidden.mass[0, 0, 100 : 100 + window].isnan().all()
+    hidden.mass[0, 0, 100 : 100 + window] = seen.mass[0, 0, 100 : 100 + window]
+    torch.testing.assert_close(hidden.mass, seen.mass)
+
+
+def test_a_sliding_window_has_the_same_bits_alone_in_any_batch_and_on_any_run() -> None:
+    q, k = queries_and_keys(2, 1, 330, 32, torch.float16, batch=2)
+    together = far_statistics(q, k, 80, sliding_window=141, backend="triton")
+    again = far_statistics(q, k, 80, sliding_window=141, backend="triton")
+    assert torch.equal(again.squares, together.squares)
+    for b in range(2):
+        alone = far_statistics(q[b : b + 1], k[b : b + 1], 80, sliding_window=141, backend="triton")
+        assert torch.equal(alone.squares, together.squares[b : b + 1])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sliding_layers_match_the_blocks_of_pytorch(dtype: torch.dtype, head_dim: int) -> None:
+    q, k = queries_and_keys(8, 2, 8191, head_dim, dtype)
+    for window in (2049, 4096, 8190):
+        ours = far_statistics(q, k, 2048, sliding_window=window, backend="triton")
+        exact = far_statistics(q.double(), k.double(), 2048, sliding_window=window, backend="cpu")
+        torch.testing.assert_close(ours.strength, exact.strength, rtol=1e-5, atol=1e-30)
+        torch.testing.assert_close(ours.variance, exact.variance, rtol=1e-4, atol=1e-30)
+
+
 def test_far_statistics_have_the_same_bits_alone_in_any_batch_on_any_run_and_in_any_layout() -> None:
     q, k = queries_and_keys(2, 1, 210, 32, batch=2)
     together = far_statistics(q, k, 50, backend="triton")

@@ -26,6 +26,9 @@ K = torch.zeros(1, 2, 10, 8)
         pytest.param(lambda: far_statistics(Q, K.to("meta"), 3), "one device", id="devices-differ"),
         pytest.param(lambda: far_statistics(Q, K, -1), "cannot be negative", id="negative-distance"),
         pytest.param(lambda: far_statistics(Q, K, 3, skip=-1), "skip counts tokens", id="negative-skip"),
+        pytest.param(
+            lambda: far_statistics(Q, K, 3, sliding_window=0), "sliding_window must be at least 1", id="window-0"
+        ),
         pytest.param(lambda: far_statistics(Q[:, :, :1], K[:, :, :1], 1), "at least 2 tokens", id="one-token"),
         pytest.param(lambda: far_statistics(Q, K, 3, softcap=0.0), "softcap must be positive", id="softcap-0"),
         pytest.param(

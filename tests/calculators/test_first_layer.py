@@ -16,6 +16,7 @@ from longsift.calculators import LayerAttention, first_layer
 from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel
 from longsift.errors import ModelError, UnsupportedModel, UsageError
+from longsift.methods.longattn import LongAttn, far_distance
 
 SLIDING_FIRST = ("gemma2", "gemma3", "mistral-sliding")
 OLD = int(transformers.__version__.split(".")[0]) < 5
@@ -79,16 +80,43 @@ def test_a_first_layer_without_positions_is_that_of_the_embedded_model() -> None
 
 
 @pytest.mark.parametrize("family", SLIDING_FIRST)
-def test_a_sliding_first_layer_is_measured_only_within_its_window(
-    family: str, checkpoint: Callable[[str], str]
-) -> None:
+def test_a_sliding_first_layer_says_how_much_it_sees(family: str, checkpoint: Callable[[str], str]) -> None:
     folder, ids = checkpoint(family), windows(48)
-    calculator = FirstLayer.load(folder)
-    ours, theirs = calculator.queries_keys(ids), of_full_model(folder, ids)
+    ours, theirs = FirstLayer.load(folder).queries_keys(ids), of_full_model(folder, ids)
     assert agree_with_full_model(ours, theirs)
     assert ours.softcap == theirs.softcap == (5.0 if family == "gemma2" else None)
-    with pytest.raises(ModelError, match=r"sees only the last 48 tokens.*--method ladm"):
-        calculator.queries_keys(windows(49))
+    assert ours.sliding_window == theirs.sliding_window == 48
+
+
+@pytest.mark.parametrize("skip_sink", [False, True], ids=["with-sink", "without-sink"])
+@pytest.mark.parametrize("family", SLIDING_FIRST)
+def test_longattn_of_a_sliding_first_layer_is_that_of_the_models_own_map(
+    family: str, skip_sink: bool, checkpoint: Callable[[str], str]
+) -> None:
+    folder, ids = checkpoint(family), windows(188)  # far keys are from 47 tokens back on, and 47 back is the last seen
+    method, calculator = LongAttn(detail=True, skip_sink=skip_sink), FirstLayer.load(folder)
+    network = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    for length in (188, 48, 101):
+        some = ids[:, :length]
+        with torch.inference_mode():
+            maps = network(some, output_attentions=True, use_cache=False).attentions[0].double()
+        assert (maps[0, 0, -1] > 0).sum() == min(length, 48)
+        far = maps.tril(-far_distance(length))
+        far[..., : 128 if skip_sink else 0] = 0
+        measured = method.measure(calculator, some)
+        torch.testing.assert_close(
+            measured["dependency_strength_heads"].double(), far.sum((2, 3)) / length, rtol=2e-5, atol=1e-12
+        )
+        torch.testing.assert_close(measured["variance_heads"].double(), far.flatten(2).var(2), rtol=2e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", SLIDING_FIRST)
+def test_a_first_layer_that_slides_within_the_far_distance_is_refused(
+    family: str, checkpoint: Callable[[str], str]
+) -> None:
+    calculator = FirstLayer.load(checkpoint(family))
+    with pytest.raises(ModelError, match=r"sees only the last 48 tokens.* window of 192 are 48 or more.*--method ladm"):
+        LongAttn().measure(calculator, windows(192))
 
 
 def test_a_wide_layer_agrees_bit_for_bit_too(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def far_statistics(
     skip: int = 0,
     scale: float | None = None,
     softcap: float | None = None,
+    sliding_window: int | None = None,
     backend: Backend = "auto",
 ) -> FarStatistics:
     """Sum and spread of the attention to keys at least `distance` tokens back.
@@ -87,6 +88,10 @@ def far_statistics(
         skip: keys of the first `skip` tokens, the attention sink, are in no far pair; they stay in the softmax.
         scale: factor of the logits; 1/√head_dim when not given.
         softcap: logits become softcap·tanh(logits/softcap) when given.
+        sliding_window: query n sees the keys n - sliding_window + 1 … n (as in transformers) when given, and its
+            far keys are those `distance` to `sliding_window - 1` tokens back. The variance stays that of all L×L
+            entries, of which those outside the window are 0 like the near ones. At `sliding_window ≤ distance`
+            no pair is far.
         backend: "auto" takes the fastest for the device; "cpu" is blockwise PyTorch, for any device;
             "reference" holds the map and computes in the dtype of its inputs; "triton" is kernels for a GPU, which
             "auto" takes where they apply.
@@ -106,8 +111,17 @@ def far_statistics(
         raise ValueError(f"distance counts tokens and cannot be negative; got {distance}")
     if skip < 0:
         raise ValueError(f"skip counts tokens and cannot be negative; got {skip}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1 token; got {sliding_window}")
     mass, squares = _module(backend, q).far_rows(
-        q.detach(), k.detach(), distance, rows=rows, skip=skip, scale=_scale(q, scale), softcap=softcap
+        q.detach(),
+        k.detach(),
+        distance,
+        rows=rows,
+        skip=skip,
+        scale=_scale(q, scale),
+        softcap=softcap,
+        sliding_window=None if sliding_window is None or sliding_window >= length else sliding_window,
     )
     # A window at a time: how a GPU splits a sum over its processors depends on how many sums there are.
     strength, mean_squares = (torch.stack([window.double().mean(-1) for window in x]) for x in (mass, squares))

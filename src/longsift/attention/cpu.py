@@ -42,6 +42,7 @@ def far_rows(
     skip: int = 0,
     scale: float,
     softcap: float | None = None,
+    sliding_window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Far mass and squares of every query, each (batch, heads, rows) float32; see `longsift.attention`."""
     batch, heads, count, _ = q.shape
@@ -55,8 +56,8 @@ def far_rows(
         keys = _with_ones(k[b, h])
 
         def measure(start: int, queries: Tensor = grouped[b, h], keys: Tensor = keys) -> Tensor:
-            block = queries[:, start : start + step]
-            return _far_block(_Rows(block, scale, softcap), keys, positions[start : start + step], distance, skip)
+            block = _Rows(queries[:, start : start + step], scale, softcap)
+            return _far_block(block, keys, positions[start : start + step], distance, skip, sliding_window)
 
         for start, part in zip(starts, map_blocks(measure, starts, q.device), strict=True):
             sums[:, b, h, :, start : start + step] = part
@@ -104,31 +105,39 @@ def span_focus(
     return focus.flatten(1, 2)
 
 
-def _far_block(queries: _Rows, keys: Tensor, positions: Tensor, distance: int, skip: int) -> Tensor:
+def _far_block(
+    queries: _Rows, keys: Tensor, positions: Tensor, distance: int, skip: int, sliding_window: int | None
+) -> Tensor:
     """Σ P and Σ P² over the far keys of each query at `positions`, ascending: (2, group, rows) in float64."""
     query = positions[:, None]
     start, end = int(positions[0]), int(positions[-1]) + 1
     # The keys before `all_far` are far from every row; those from `some_far` on are far from none.
     # Those before `skip` are left out.
     all_far, some_far = start - distance + 1, end - distance
+    # The keys before `some_seen` are seen by no row any more; those from `all_seen` on still by every row.
+    window = end if sliding_window is None else sliding_window
+    some_seen, all_seen = max(start - window + 1, 0), end - window
+    bounds = list(_tiles(some_seen, all_seen, all_far, some_far, start, end, skip))
     tiles: list[tuple[Tensor, Tensor | None]] = []
     nearest = 0  # the first tile of the queries' own positions
-    for first, last in _tiles(all_far, some_far, start, end, skip):
+    for first, last in bounds:
         nearest += first < start
-        hidden = torch.arange(first, last, device=keys.device) > query if last - 1 > start else None
+        key, hidden = torch.arange(first, last, device=keys.device), None
+        if last - 1 > start:
+            hidden = key > query
+        if first < all_seen:
+            hidden = (key <= query - window) if hidden is None else hidden | (key <= query - window)
         tiles.append((keys[first:last], hidden))
 
     def sums() -> Tensor:
         total, far, norm = keys.new_zeros(3, len(tiles), queries.count)
-        last = 0
-        for i, (tile, hidden) in enumerate(tiles):
-            first, last = last, last + len(tile)
+        for i, ((first, last), (tile, hidden)) in enumerate(zip(bounds, tiles, strict=True)):
             e = queries.exponentials(tile, hidden)
             torch.sum(e, -1, out=total[i])
             if skip <= first < some_far:
-                if last > all_far:
+                if last > all_far or hidden is not None:
                     near = torch.arange(first, last, device=keys.device) > query - distance
-                    queries.by_head(e).masked_fill_(near, 0.0)
+                    queries.by_head(e).masked_fill_(near if hidden is None else near | hidden, 0.0)
                     torch.sum(e, -1, out=far[i])
                 else:
                     far[i] = total[i]
@@ -243,13 +252,17 @@ def _with_ones(k: Tensor) -> Tensor:
     return keys
 
 
-def _tiles(all_far: int, some_far: int, start: int, end: int, skip: int) -> Iterator[tuple[int, int]]:
-    """Tiles of the keys [0, end), cut so that few of them hold both sides of a boundary and need a mask.
+def _tiles(
+    some_seen: int, all_seen: int, all_far: int, some_far: int, start: int, end: int, skip: int
+) -> Iterator[tuple[int, int]]:
+    """Tiles of the keys [some_seen, end), cut so that few of them hold both sides of a boundary and need a mask.
 
-    None holds both sides of `skip`.
+    None holds both sides of `skip` or of `start`.
     """
-    boundaries = (all_far // ALIGNMENT * ALIGNMENT, -(-some_far // ALIGNMENT) * ALIGNMENT, start, end, skip)
-    cuts = sorted({0, *(min(max(boundary, 0), end) for boundary in boundaries)})
+    aligned = [boundary // ALIGNMENT * ALIGNMENT for boundary in (all_far, some_far + ALIGNMENT - 1)]
+    if some_seen:
+        aligned.append(-(-all_seen // ALIGNMENT) * ALIGNMENT)
+    cuts = sorted({min(max(boundary, some_seen), end) for boundary in (some_seen, *aligned, start, end, skip)})
     for first, last in pairwise(cuts):
         yield from _pieces(first, last)
 

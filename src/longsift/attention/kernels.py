@@ -67,6 +67,7 @@ def _seen_logits(
     PADDED_DIM: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    b_unseen=None,  # [ROWS]: in a sliding layer, the last key that a row does not see any more
 ):
     """Logits · log2(e) of a tile of keys, [ROWS, TILE], -inf where a row does not see the key."""
     o_key = start + o_in_tile
@@ -74,7 +75,10 @@ def _seen_logits(
         b_q, p_k + start * tl.cast(stride_kl, tl.int64), o_in_tile, o_key < end, stride_kl, stride_kd, scale, softcap,
         HEAD_DIM, PADDED_DIM, True, SOFTCAP, PRECISION,
     )  # fmt: skip
-    return tl.where(o_key[None, :] < b_end[:, None], b_s, -float("inf"))
+    m_seen = o_key[None, :] < b_end[:, None]
+    if b_unseen is not None:
+        m_seen = m_seen & (o_key[None, :] > b_unseen[:, None])
+    return tl.where(m_seen, b_s, -float("inf"))
 
 
 @triton.jit
@@ -132,6 +136,7 @@ def far_kernel(
     length,
     distance,
     skip,
+    window,  # None unless SLIDING: how many keys a query sees, its own included
     scale,
     softcap,
     HEAD_DIM: tl.constexpr,
@@ -140,6 +145,7 @@ def far_kernel(
     TILE: tl.constexpr,
     EDGE: tl.constexpr,  # keys of a tile where masks take registers
     EVERY: tl.constexpr,
+    SLIDING: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -174,21 +180,35 @@ def far_kernel(
     o_in_tile = tl.arange(0, TILE)
     o_in_edge = tl.arange(0, EDGE)
 
-    # In whole tiles: the keys before k_sink are or may be ones to skip; those up to k_far are far from every row; those
-    # from k_near on are far from none; those up to k_seen are seen by every row.
+    # In whole tiles: the keys from k_start to k_sink may be ones to skip or ones that not all rows still see; those up
+    # to k_far are far from every row; those from k_near on are far from none; those up to k_seen are seen by every row.
     k_end = last + 1
     k_sink = tl.minimum(tl.cdiv(skip, TILE), tl.cdiv(k_end, TILE)) * TILE
+    k_start = 0
+    b_unseen = None
+    if SLIDING:
+        b_unseen = b_position - window
+        k_start = tl.maximum(first - window + 1, 0) // TILE * TILE
+        k_sink = tl.maximum(k_sink, tl.cdiv(tl.maximum(last - window + 1, 0), TILE) * TILE)
     k_far = tl.maximum(tl.maximum(first - distance + 1, 0) // TILE * TILE, k_sink)
     k_near = tl.maximum(tl.cdiv(tl.maximum(last - distance + 1, 0), TILE) * TILE, k_far)
     k_seen = tl.maximum((first + 1) // TILE * TILE, k_near)
 
     b_reference = tl.full([ROWS], -float("inf"), tl.float32)
     for nearest in tl.static_range(2):
+        k_first = first // EDGE * EDGE if nearest else k_start
         b_s_edge = _seen_logits(
-            b_q, p_k, nearest * (first // EDGE * EDGE), o_in_edge, o_end, length, stride_kl, stride_kd,
-            scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION,
+            b_q, p_k, k_first, o_in_edge, o_end, length, stride_kl, stride_kd,
+            scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION, b_unseen,
         )  # fmt: skip
         b_reference = tl.maximum(b_reference, tl.max(b_s_edge, 1))
+    if SLIDING:  # rows that do not see the first row's key see their own
+        for start in range(first // EDGE * EDGE, tl.where(last - first < window, 0, k_end), EDGE):
+            b_s_edge = _seen_logits(
+                b_q, p_k, start, o_in_edge, o_end, length, stride_kl, stride_kd,
+                scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION, b_unseen,
+            )  # fmt: skip
+            b_reference = tl.maximum(b_reference, tl.max(b_s_edge, 1))
 
     b_mass = tl.zeros([ROWS], tl.float32)
     b_squares = tl.zeros([ROWS], tl.float32)
@@ -214,13 +234,13 @@ def far_kernel(
             )  # fmt: skip
             b_rest_parts += _partial_sums(tl.exp2(b_s - b_reference[:, None]), ROWS, TILE)
         # What lies between: the keys at the boundaries of the skipped, the far and the future ones
-        for i in range(0, k_sink + (k_near - k_far) + (k_end - k_seen), EDGE):
+        for i in range(k_start, k_sink + (k_near - k_far) + (k_end - k_seen), EDGE):
             start = i + tl.where(i >= k_sink, k_far - k_sink, 0)
             start += tl.where(i >= k_sink + (k_near - k_far), k_seen - k_near, 0)
             o_key = start + o_in_edge
             b_s_edge = _seen_logits(
                 b_q, p_k, start, o_in_edge, o_end, length, stride_kl, stride_kd,
-                scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION,
+                scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION, b_unseen,
             )  # fmt: skip
             b_e_edge = tl.exp2(b_s_edge - b_reference[:, None])
             b_rest_parts += _partial_sums(b_e_edge, ROWS, EDGE)
@@ -234,10 +254,10 @@ def far_kernel(
         attempt += 2
         if (tl.max(b_total, 0) > LARGEST_SUM) & (attempt == 2):
             attempt = 1
-            for start in range(0, k_end, EDGE):
+            for start in range(k_start, k_end, EDGE):
                 b_s_edge = _seen_logits(
                     b_q, p_k, start, o_in_edge, o_end, length, stride_kl, stride_kd,
-                    scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION,
+                    scale, softcap, HEAD_DIM, PADDED_DIM, SOFTCAP, PRECISION, b_unseen,
                 )  # fmt: skip
                 b_reference = tl.maximum(b_reference, tl.max(b_s_edge, 1))
     o_out = i_head_of_batch.to(tl.int64) * count + o_row
@@ -499,15 +519,9 @@ def attend_and_focus_kernel(
             b_e = tl.exp2(b_s - b_reference[:, None])
             b_prior += tl.sum(b_e, 1)
             b_v = _tile_values(
-                p_v + start * far_stride_vl,
-                o_tile,
-                start + o_tile < lead,
-                stride_vl,
-                stride_vd,
-                VALUE_DIM,
-                PADDED_VALUE,
-                True,
-            )
+                p_v + start * far_stride_vl, o_tile, start + o_tile < lead, stride_vl, stride_vd,
+                VALUE_DIM, PADDED_VALUE, True,
+            )  # fmt: skip
             b_out = tl.dot(b_e.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
         for key_span in range(query_span):
             b_mass = tl.zeros([SPAN], tl.float32)

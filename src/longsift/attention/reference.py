@@ -35,11 +35,15 @@ def far_rows(
     skip: int = 0,
     scale: float,
     softcap: float | None = None,
+    sliding_window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Far mass and squares of every query, each (batch, heads, rows); see `longsift.attention.far_statistics`."""
     keys = torch.arange(k.shape[2], device=q.device)
     back = (keys if rows is None else rows)[:, None] - keys
-    p = attention_logits(q, k, scale, softcap).masked_fill(back < 0, -torch.inf).softmax(-1)
+    hidden = back < 0
+    if sliding_window is not None:
+        hidden = hidden | (back >= sliding_window)
+    p = attention_logits(q, k, scale, softcap).masked_fill(hidden, -torch.inf).softmax(-1)
     near = (back < distance) | (keys < skip)
     far = p.masked_fill(near, 0.0)
     return far.sum(-1), far.square().sum(-1)

@@ -52,6 +52,7 @@ def far_rows(
     skip: int = 0,
     scale: float,
     softcap: float | None = None,
+    sliding_window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Far mass and squares of every query, each (batch, heads, rows) float32; see `longsift.attention`."""
     batch, heads, count, head_dim = q.shape
@@ -74,6 +75,7 @@ def far_rows(
             k.shape[2],
             min(distance, k.shape[2]),
             min(skip, k.shape[2]),
+            sliding_window,
             *_factors(scale, softcap),
             HEAD_DIM=head_dim,
             PADDED_DIM=_padded(head_dim),
@@ -81,6 +83,7 @@ def far_rows(
             TILE=shape.tile,
             EDGE=shape.tile // 2,
             EVERY=rows is None,
+            SLIDING=sliding_window is not None,
             SOFTCAP=softcap is not None,
             PRECISION=_precision(q),
             num_warps=shape.warps,

@@ -17,6 +17,7 @@ class LayerAttention:
         k: keys after RoPE and any k norm, (batch, kv_heads, length, head_dim); not repeated for grouped heads.
         scale: factor of the logits, usually 1/√head_dim.
         softcap: logits become softcap·tanh(logits/softcap) when given.
+        sliding_window: tokens that a query sees, itself included; None where it sees its whole past.
     """
 
     layer: int
@@ -24,3 +25,4 @@ class LayerAttention:
     k: torch.Tensor
     scale: float
     softcap: float | None = None
+    sliding_window: int | None = None

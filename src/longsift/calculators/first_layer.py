@@ -102,7 +102,7 @@ class FirstLayer:
         few = torch.randint(self.vocab_size, (48,), generator=some)
         ids = few[torch.randint(len(few), (1, BLOCK), generator=some)].to(device)
         seen = self._plain(ids)
-        plain, self._window = seen.attention, seen.window
+        plain, self._window = seen.attention, seen.attention.sliding_window
         self._heads, self.kv_heads, self._head_dim = plain.q.shape[1], plain.k.shape[1], plain.q.shape[-1]
         self._scale, self._softcap = plain.scale, plain.softcap
         if fits and kernel_applies(device):
@@ -171,21 +171,13 @@ class FirstLayer:
             kv_heads: consecutive key heads to make, with all queries that share them; by default all.
 
         Raises:
-            ModelError: an id outside the vocabulary, or a first layer whose sliding window is shorter than the window
-                (it never sees the far past).
+            ModelError: an id outside the vocabulary.
         """
         ids = check_ids(input_ids, self.vocab_size, self.device)
-        length = ids.shape[1]
-        if self._window is not None and self._window < length:
-            raise ModelError(
-                f"The first layer of {self._location.name} sees only the last {self._window} tokens, so it cannot "
-                f"measure what a window of {length} has to do with its far past. Choose a model whose first layer "
-                "is global, or --method ladm, which measures the global layers."
-            )
         kv_heads = range(self.kv_heads) if kv_heads is None else kv_heads
         if self._turned is not None:
             q, k = self._turned.look_up(ids, rows, kv_heads)
-            return LayerAttention(0, q, k, self._scale, self._softcap)
+            return LayerAttention(0, q, k, self._scale, self._softcap, self._window)
         made = self._look_up(ids)
         group = self._heads // self.kv_heads
         q = made.q[:, kv_heads.start * group : kv_heads.stop * group]

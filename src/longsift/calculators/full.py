@@ -72,7 +72,7 @@ class FullModel:
                 f"Of the {config.num_hidden_layers} layers of {location.name} ('{config.model_type}') only "
                 f"{sorted(probe)} have an attention that can be observed. Use another model."
             )
-        self._windows = {layer: probe[layer].window for layer in sorted(probe)}
+        self._windows = {layer: probe[layer].attention.sliding_window for layer in sorted(probe)}
         first = probe[0].attention
         self._dtype = first.q.dtype
         self._shape = {"heads": first.q.shape[1], "kv_heads": first.k.shape[1], "head_dim": first.q.shape[-1]}
@@ -240,14 +240,13 @@ class FullModel:
 def attention_output(seen: Seen) -> torch.Tensor:
     """What the layer goes on with: its attention applied to its values, (batch, heads, length, head_dim)."""
     attention = seen.attention
-    window = seen.window if seen.window is not None and seen.window < attention.q.shape[2] else None
     return causal_attention(
         attention.q,
         attention.k,
         seen.value,
         scale=attention.scale,
         softcap=attention.softcap,
-        sliding_window=window,
+        sliding_window=attention.sliding_window,
     )
 
 

@@ -49,14 +49,10 @@ class Enough(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One layer's call of the attention: `attention` to measure, `value` (batch, kv_heads, length, ·) to go on with.
-
-    `window` is the number of tokens that a query sees, itself included; None where it sees its whole past.
-    """
+    """One layer's call of the attention: `attention` to measure, `value` (batch, kv_heads, length, ·) to go on with."""
 
     attention: LayerAttention
     value: torch.Tensor
-    window: int | None
 
 
 Observer = Callable[[Seen], torch.Tensor]
@@ -109,7 +105,7 @@ def _attend(
     if masked != window:
         _refuse(module, f"masks a window of {masked} tokens but names one of {window} (None: the whole past)")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    out = _observer.get()(Seen(LayerAttention(layer, query, key, scale, softcap), value, sliding_window))
+    out = _observer.get()(Seen(LayerAttention(layer, query, key, scale, softcap, sliding_window), value))
     return out.transpose(1, 2).contiguous(), None
 
 

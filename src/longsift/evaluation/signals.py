@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from longsift.attention import far_statistics, span_focus
+from longsift.attention import span_focus
 from longsift.calculators import LayerAttention
 from longsift.calculators.checkpoint import Checkpoint, locate
 from longsift.calculators.first_layer import FirstLayer
@@ -33,7 +33,7 @@ from longsift.errors import ModelError, OutputError, UsageError
 from longsift.evaluation.controls import Sample, build_controls, draw
 from longsift.methods.calibrated import STATISTICS, head_statistics
 from longsift.methods.ladm import Ladm
-from longsift.methods.longattn import far_distance
+from longsift.methods.longattn import far_attention
 from longsift.options import ControlOptions, MeterOptions, ModelOptions
 from longsift.progress import Progress
 from longsift.scoring import resolve_device, resolve_dtype
@@ -197,7 +197,7 @@ class Meter:
 
 
 def _first_layer(layer: LayerAttention) -> dict[str, torch.Tensor]:
-    far = far_statistics(layer.q, layer.k, far_distance(layer.q.shape[2]), scale=layer.scale, softcap=layer.softcap)
+    far = far_attention(layer)
     return {"strength": far.strength[0], "variance": far.variance[0]}
 
 

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pyarrow as pa
 
-from longsift.errors import UsageError
+from longsift.errors import ModelError, UsageError
 from longsift.methods.query_sample import draw_queries, ordered_sum
 from longsift.rules import ScoreRule, Term
 
 if TYPE_CHECKING:
     import torch
 
+    from longsift.attention import FarStatistics
+    from longsift.calculators import LayerAttention
     from longsift.calculators.first_layer import FirstLayer
 
 
@@ -29,6 +31,38 @@ DRAWS = 4
 def far_distance(length: int) -> int:
     """The distance, in tokens, from which a key counts as far: `length - 3·(length // 4)`, about a quarter."""
     return length - 3 * (length // 4)
+
+
+def far_attention(layer: LayerAttention, rows: torch.Tensor | None = None, skip: int = 0) -> FarStatistics:
+    """What a first layer gives to the keys from the far distance on; of a sliding one, those that it still sees.
+
+    Args:
+        layer: of whole windows, or with the queries at `rows` alone.
+        rows, skip: as for `far_statistics`.
+
+    Raises:
+        ModelError: its sliding window ends before the far distance, so that no query sees a far key.
+    """
+    from longsift.attention import far_statistics
+
+    length, seen = layer.k.shape[2], layer.sliding_window
+    distance = far_distance(length)
+    if seen is not None and seen <= distance:
+        raise ModelError(
+            f"The first layer sees only the last {seen} tokens, and far keys of a window of {length} are {distance} or "
+            f"more back. Choose shorter windows, a model whose first layer is global, or --method ladm, which measures "
+            "the global layers."
+        )
+    return far_statistics(
+        layer.q,
+        layer.k,
+        distance,
+        rows=rows,
+        skip=skip,
+        scale=layer.scale,
+        softcap=layer.softcap,
+        sliding_window=seen,
+    )
 
 
 @dataclass(frozen=True)
@@ -97,8 +131,6 @@ class LongAttn:
     def measure(self, calculator: FirstLayer, input_ids: torch.Tensor) -> dict[str, Any]:
         import torch
 
-        from longsift.attention import far_statistics
-
         batch, length = input_ids.shape
         distance, skip, fraction = far_distance(length), SINK if self.skip_sink else 0, self._fraction()
         shares = calculator.shares(batch * length) if fraction == 1 else _draws(calculator.kv_heads)
@@ -109,9 +141,7 @@ class LongAttn:
         for i, kv_heads in enumerate(shares):
             rows = None if sample is None else sample.rows[i]
             layer = calculator.queries_keys(input_ids, rows=rows, kv_heads=kv_heads)
-            far = far_statistics(
-                layer.q, layer.k, distance, rows=rows, skip=skip, scale=layer.scale, softcap=layer.softcap
-            )
+            far = far_attention(layer, rows, skip)
             del layer  # the next heads may need its memory
             measured.append(torch.stack([far.mass, far.squares]))
         sums = torch.cat(measured, 2)  # (2, batch, heads, queries)
