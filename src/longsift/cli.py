@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import json
 import logging
 import signal
@@ -17,6 +16,7 @@ import threading
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from longsift.options import (
     CalibrateOptions,
     ControlOptions,
     EngineOptions,
+    InspectOptions,
     MeterOptions,
     ModelOptions,
     NeedleOptions,
@@ -142,9 +143,9 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
     A parameter that is an options dataclass becomes one flag for each of its fields.
     """
     hints = typing.get_type_hints(function, include_extras=True)
-    parameters: list[inspect.Parameter] = []
+    parameters: list[Parameter] = []
     groups: dict[str, type] = {}
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in signature(function).parameters.values():
         hint = hints[parameter.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             groups[parameter.name] = hint
@@ -172,13 +173,13 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
             print("ended by SIGTERM: run the same command again to go on where it stopped.", file=sys.stderr)
             raise typer.Exit(143) from None
 
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     del call.__wrapped__
     return app.command()(call)
 
 
-def _flags(group: type) -> list[inspect.Parameter]:
+def _flags(group: type) -> list[Parameter]:
     hints = typing.get_type_hints(group)
     flags = []
     for field in dataclasses.fields(group):
@@ -187,9 +188,9 @@ def _flags(group: type) -> list[inspect.Parameter]:
             *([flag] if flag else []), help=field.metadata["help"], show_default=field.default is not None
         )
         flags.append(
-            inspect.Parameter(
+            Parameter(
                 field.name,
-                inspect.Parameter.KEYWORD_ONLY,
+                Parameter.KEYWORD_ONLY,
                 default=field.default,
                 annotation=Annotated[hints[field.name], option],
             )
@@ -354,6 +355,33 @@ def compare(
     result = comparison.compare_runs(out_a, out_b, comparison.parse_shares(shares))
     where = {"page": str(write_comparison(result, page or out_b / "compare.html"))}
     _print((result.as_dict() if as_json else comparison.summary(result)) | where, as_json)
+
+
+@_command
+def inspect(
+    *,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A file of text or documents, - for text on standard input, or, with --run, a window_id.",
+            show_default=False,
+        ),
+    ],
+    run: Annotated[Path | None, typer.Option("--run", help="Folder of the run that has the window.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The page. [default: NAME.inspect.html]", show_default=False)
+    ] = None,
+    model: ModelOptions,
+    options: InspectOptions,
+    config: Config = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show where one window draws on its far past, as a page: of a file, or of a run."""
+    from longsift import inspection
+
+    result = inspection.inspect(source, out, model, options, run=run)
+    _print(result if as_json else inspection.summary(result), as_json)
 
 
 @_command

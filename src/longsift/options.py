@@ -263,3 +263,32 @@ class NeedleOptions:
     def numbers(self, option: str, kind: Callable[[str], Any]) -> list[Any]:
         """The numbers in a list such as `lengths` or `depths`."""
         return [kind(part) for part in getattr(self, option).split(",")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Looking at one window."""
+
+    document: str | None = _flag(None, "Of a file of documents: the id or the number, from 0, of one. Default: 0.")
+    index: int = _flag(0, "Of a document longer than a window: which window, from 0.")
+    text_key: str = _flag("text", "Column of the text; a dotted path works.")
+    id_key: str = _flag("id", "Column of the document's id.")
+    window: int | None = _flag(
+        None, "Tokens in a window; a shorter text is one as it is. Default: 32768, or what the calculator supports."
+    )
+    span: int | None = _flag(None, "Tokens in a passage. Default: 128, more for windows of over 32,768.")
+    layers: str | None = _flag(None, "Layers to measure, such as 4,8,12-15. Default: all that see the whole window.")
+    denominator: Literal["causal", "prior"] | None = _flag(
+        None, "Shares of all attention (causal), or of that to the text before a passage (prior). [default: causal]"
+    )
+    device: str = _flag("auto", "auto, cpu, cuda or cuda:N.")
+    dtype: str = _flag("auto", "auto, float32, bfloat16 or float16.")
+    rope_theta: float | None = _flag(None, "Override the calculator's RoPE base.")
+
+    def __post_init__(self) -> None:
+        for name in ("window", "span"):
+            _check(self, name, lambda value: value >= 1, "at least 1")
+        _check(self, "index", lambda value: value >= 0, "at least 0")
+        _check(self, "rope_theta", lambda value: 0 < value < math.inf, "a positive number")
+        for name in ("document", "text_key", "id_key"):
+            _check(self, name, lambda value: value != "", "a name")

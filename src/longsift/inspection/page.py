@@ -1,0 +1,155 @@
+"""The page of one window: values for `inspect.html.jinja`, in which `inspect.js` draws the map.
+
+The cells are drawn on a canvas: as Vega-Lite's marks the 32,896 of a window of 32,768 tokens take seconds to appear,
+and a pointer over them cannot be followed.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from longsift import __version__
+from longsift.inspection.maps import LEVELS, SMALLEST, DependencyMap, FarCurve, quantise
+from longsift.inspection.subjects import Subject
+from longsift.report.charts import KEPT, SOFT, axis, chart
+from longsift.report.rendering import render
+from longsift.report.words import number
+
+HEAD_BYTES = 600_000  # of the maps of single heads, before base64; with more of them the page goes without
+_LAYER_BYTES = 800_000  # of the maps of layers; with more of them some are left out
+_TICKS = 8  # of an axis of the map, about
+
+
+def triangle(spans: int) -> int:
+    """Cells of a map: pairs of a span with one that is not after it."""
+    return spans * (spans + 1) // 2
+
+
+def render_page(
+    subject: Subject,
+    found: DependencyMap,
+    texts: list[str],
+    calculator: dict[str, Any],
+    *,
+    far: int,
+    decoded: bool,
+) -> str:
+    """The page of a window that was measured.
+
+    Args:
+        texts: what precedes the first span, and the text of each span.
+        calculator: as its `describe()` says.
+        far: spans from which on context counts as far, where the page begins.
+        decoded: the texts were made from token ids.
+    """
+    n = found.n_spans
+    shown = _shown_layers(found)
+    starts = found.starts().tolist()
+    return render(
+        "inspect.html.jinja",
+        subject=subject,
+        facts=_facts(subject, found, calculator),
+        map=found,
+        shown=shown,
+        heads=max((len(each) for each in found.heads.values()), default=0),
+        fars=[spans for power in range(12) if (spans := 2**power) <= max(n // 2, 1)],
+        far=far,
+        ticks=list(_ticks(found)),
+        before=texts[0],
+        passages=list(zip(starts, texts[1:], strict=True)),
+        decoded=decoded,
+        curve=found.curve and _curve_chart(found.curve),
+        data={
+            "spans": n,
+            "span": found.span,
+            "starts": starts,
+            "levels": LEVELS,
+            "smallest": SMALLEST,
+            "maps": dict(_maps(found, shown)),
+        },
+        version=__version__,
+    )
+
+
+def _facts(subject: Subject, found: DependencyMap, calculator: dict[str, Any]) -> dict[str, str]:
+    revision = calculator["revision"]
+    facts = {
+        **subject.facts,
+        "Tokens": f"{found.length:,} in {found.n_spans:,} passages of {found.span:,}",
+        "Calculator": calculator["model"] + (f" @ {revision[:12]}" if revision else ""),
+        "Layers": ", ".join(map(str, found.layers)),
+    }
+    if found.curve:
+        facts["Dependency strength"] = f"{number(found.curve.strength)}, LongAttn's, of the first layer"
+    facts["Computed in"] = f"{calculator['dtype']} on {calculator['device']}"
+    return facts
+
+
+def _shown_layers(found: DependencyMap) -> tuple[int, ...]:
+    """The layers whose own maps are on the page: all, or as many as fit, evenly spaced."""
+    most = max(_LAYER_BYTES // triangle(found.n_spans), 1)
+    if len(found.layers) <= most:
+        return found.layers
+    places = np.linspace(0, len(found.layers) - 1, most).round().astype(int)
+    return tuple(found.layers[i] for i in places)
+
+
+def _maps(found: DependencyMap, shown: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+    """The lower triangles of all maps, row by row, as bytes in base64, by "mean", "max", "LAYER" and "LAYER.HEAD"."""
+    below = np.tril_indices(found.n_spans)
+
+    def packed(shares: npt.NDArray[np.float32]) -> str:
+        return base64.b64encode(quantise(shares[below]).tobytes()).decode("ascii")
+
+    if len(found.layers) > 1:
+        yield "mean", packed(found.mean())
+        yield "max", packed(found.shares.max(0))
+    for layer in shown:
+        yield str(layer), packed(found.shares[found.layers.index(layer)])
+    for layer, heads in found.heads.items():
+        for head, shares in enumerate(heads):
+            yield f"{layer}.{head}", packed(shares)
+
+
+def _ticks(found: DependencyMap) -> Iterator[tuple[float, str]]:
+    """Places on an axis of the map in percent, and the token that is there."""
+    covered = found.span * found.n_spans
+    step = 2 ** round(math.log2(covered / _TICKS))
+    lead = found.length - covered
+    for token in range(0, found.length + 1, step):
+        if token >= lead:
+            yield 100 * (token - lead) / covered, f"{token:,}"
+
+
+def _curve_chart(curve: FarCurve) -> dict[str, Any]:
+    flat = [max(position - curve.distance + 1, 0) / (position + 1) for position in curve.positions]
+    values = [
+        {"position": position, "share": round(100 * share, 3), "of": of}
+        for of, shares in (("this window", curve.mass), ("evenly spread attention", flat))
+        for position, share in zip(curve.positions.tolist(), shares, strict=True)
+    ]
+    kinds = ["this window", "evenly spread attention"]
+    return chart(
+        f"Share of each token's attention to tokens at least {curve.distance:,} back, by its position in the window.",
+        height=220,
+        data={"values": values},
+        mark={"type": "line", "interpolate": "linear"},
+        encoding={
+            "x": axis("position", "position of the token that attends (tokens)", scale={"nice": False}),
+            "y": axis("share", "far attention (%)", scale={"zero": True}),
+            "color": {
+                "field": "of",
+                "type": "nominal",
+                "title": None,
+                "scale": {"domain": kinds, "range": [KEPT, SOFT]},
+                "legend": {"symbolType": "stroke", "symbolStrokeWidth": 2},
+            },
+            "strokeDash": {"field": "of", "type": "nominal", "scale": {"domain": kinds, "range": [[1, 0], [2, 3]]}},
+        },
+    )
