@@ -227,12 +227,15 @@ def run(
     if engine.engine == "slurm":
         from longsift.engines import slurm
 
-        slurm.check(out, scores)
+        slurm.check(out, scores, engine)
         pipeline.check_flags(model, windows, scores, selection)
         pipeline.cut(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
         _print(slurm.submit(out, model, scores, engine, selection, max_bad=windows.max_bad), as_json)
         return
-    result = pipeline.run(inputs, out, model, windows, scores, selection, overwrite=overwrite, quiet=quiet)
+    cluster = _ray_cluster(scores, engine)
+    result = pipeline.run(
+        inputs, out, model, windows, scores, selection, overwrite=overwrite, quiet=quiet, cluster=cluster
+    )
     _print(result, as_json)
     pipeline.check_bad(out, windows.max_bad)
 
@@ -289,12 +292,13 @@ def score(
     if engine.engine == "slurm":
         from longsift.engines import slurm
 
-        slurm.check(out or inputs[0], scores)
+        slurm.check(out or inputs[0], scores, engine)
         folder = pipeline.prepare_windows(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
         _print(slurm.submit(folder, model, scores, engine, max_bad=windows.max_bad, overwrite=overwrite), as_json)
         return
+    cluster = _ray_cluster(scores, engine)
     folder = pipeline.prepare_windows(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
-    _print(pipeline.score(folder, model, scores, overwrite=overwrite, quiet=quiet), as_json)
+    _print(pipeline.score(folder, model, scores, overwrite=overwrite, quiet=quiet, cluster=cluster), as_json)
     pipeline.check_bad(folder, windows.max_bad)
 
 
@@ -511,6 +515,16 @@ def _top(
     if version:
         print(f"longsift {__version__}")
         raise typer.Exit
+
+
+def _ray_cluster(scores: ScoreOptions, engine: EngineOptions) -> EngineOptions | None:
+    """The Ray cluster that was asked for and is there; None where this machine is to score."""
+    if engine.engine != "ray":
+        return None
+    from longsift.engines import ray_cluster
+
+    ray_cluster.check(scores, engine)
+    return engine
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from longsift.errors import UsageError
@@ -115,14 +115,19 @@ class ScoreOptions:
 class EngineOptions:
     """Where windows are scored; what is left at None has the engine's default."""
 
-    engine: Literal["local", "slurm"] = _flag(
-        "local", "local: processes of this machine. slurm: a job array; needs longsift[datatrove]."
+    engine: Literal["local", "slurm", "ray"] = _flag(
+        "local",
+        "local: processes of this machine. slurm: a job array; needs longsift[datatrove]. ray: tasks of a Ray cluster; "
+        "needs longsift[datatrove,ray].",
+    )
+    address: str | None = _flag(
+        None, "ray: address of the cluster, HOST:PORT. [default: that of RAY_ADDRESS, or the cluster of this machine]"
     )
     partition: str | None = _flag(None, "slurm: partition of the jobs.")
-    tasks: int | None = _flag(None, "slurm: tasks of the array, each one process. [default: one a shard, at most 64]")
-    gpus_per_task: int | None = _flag(None, "slurm: GPUs of a task: 1, or 0 to score on CPUs. [default: 1]")
-    cpus_per_task: int | None = _flag(None, "slurm: cores of a task. [default: 4]")
-    mem_per_cpu: int | None = _flag(None, "slurm: GB of memory a core. [default: 4]")
+    tasks: int | None = _flag(None, "slurm, ray: tasks, each one process. [default: one a shard, at most 64]")
+    gpus_per_task: int | None = _flag(None, "slurm, ray: GPUs of a task: 1, or 0 to score on CPUs. [default: 1]")
+    cpus_per_task: int | None = _flag(None, "slurm, ray: cores of a task. [default: 4]")
+    mem_per_cpu: int | None = _flag(None, "slurm, ray: GB of memory a core. [default: 4]")
     time: str | None = _flag(None, "slurm: time limit of a task. [default: 24:00:00]")
     sbatch: str | None = _flag(None, "slurm: further options of sbatch, such as account=lab,constraint=h100.")
 
@@ -130,12 +135,33 @@ class EngineOptions:
         for name in ("tasks", "cpus_per_task", "mem_per_cpu"):
             _check(self, name, lambda value: value >= 1, "at least 1")
         _check(self, "gpus_per_task", lambda value: value in (0, 1), "0 or 1")
-        given = [f.name for f in fields(self) if f.name != "engine" and getattr(self, f.name) is not None]
-        if self.engine == "local" and given:
-            raise UsageError(f"--{given[0].replace('_', '-')} goes with --engine slurm.")
+        _check(self, "address", lambda value: value != "", "HOST:PORT")
+        for f in fields(self):
+            engines = f.metadata["help"].partition(":")[0]
+            if f.name != "engine" and getattr(self, f.name) is not None and self.engine not in engines.split(", "):
+                flag = f.name.replace("_", "-")
+                raise UsageError(f"--{flag} goes with --engine {engines.replace(', ', ' or ')}.")
         if self.engine == "slurm" and not self.partition:
             raise UsageError("--engine slurm needs --partition; sinfo lists them.")
         self.further()
+
+    @property
+    def gpus(self) -> int:
+        """The GPUs of a task."""
+        return 1 if self.gpus_per_task is None else self.gpus_per_task
+
+    def of_tasks(self, options: ScoreOptions) -> ScoreOptions:
+        """The options of scoring in a task, with its device, which this machine need not have.
+
+        Raises:
+            UsageError: options of the local engine.
+        """
+        if options.device != "auto" or options.workers is not None:
+            raise UsageError(
+                "--device and --workers go with --engine local; --gpus-per-task and --tasks say it to "
+                f"{self.engine.capitalize()}."
+            )
+        return replace(options, device="cuda" if self.gpus else "cpu")
 
     def further(self) -> dict[str, str]:
         """The options of sbatch that `sbatch` names, by name without dashes."""
