@@ -59,7 +59,7 @@ def find_elements(database: Any, files: Sequence[Path], rule: ScoreRule) -> dict
     elements = {}
     for i, term in enumerate(rule.terms):
         if term.each:
-            column = _name(term.column)
+            column = column_name(term.column)
             fewest, most = database.execute(
                 f"SELECT min(len({column})), max(len({column})) FROM read_parquet(?) WHERE status = 'ok'",
                 [[str(path) for path in files]],
@@ -95,10 +95,10 @@ def load(
     values = {}
     for i, term in enumerate(rule.terms):
         if term.each:
-            values[f"c{i}"] = f"list_avg({_name(term.column)})"
-            values |= {part: f"{_name(term.column)}[{j + 1}]" for j, part in enumerate(elements[i])}
+            values[f"c{i}"] = f"list_avg({column_name(term.column)})"
+            values |= {part: f"{column_name(term.column)}[{j + 1}]" for j, part in enumerate(elements[i])}
         else:
-            values[f"c{i}"] = _name(term.column)
+            values[f"c{i}"] = column_name(term.column)
     usable = " AND ".join(["status = 'ok'", *(f"isfinite({value}::DOUBLE)" for value in values.values())])
     columns = [
         "window_id",
@@ -113,7 +113,7 @@ def load(
     source, parameters = "read_parquet(?)", [paths]
     if windows is not None:
         given = [*COLUMNS, *(term.column for term in rule.terms), *(["ids_hash"] if hashes else [])]
-        own = ", ".join(map(_name, dict.fromkeys(given)))
+        own = ", ".join(map(column_name, dict.fromkeys(given)))
         source = f"""(SELECT scores.*, CASE WHEN window_id = other THEN windows.start
                                        ELSE error('the windows are not those that were scored') END AS start
                       FROM (SELECT {own} FROM read_parquet(?)) AS scores
@@ -305,7 +305,7 @@ def exact(value: float) -> Fraction:
     return Fraction(str(value))
 
 
-def _name(column: str) -> str:
+def column_name(column: str) -> str:
     return '"' + column.replace('"', '""') + '"'
 
 

@@ -16,6 +16,8 @@ from typing import Any, Self
 from longsift.cutting import load_tokenizer
 from longsift.engines.local import Facts, LocalEngine, Shard, devices, facts_of, score_each
 from longsift.errors import InputError, ProcessLost, ShardsSetAside, UsageError
+from longsift.measured import measured_groups
+from longsift.methods import build_method
 from longsift.options import ModelOptions, ScoreOptions
 from longsift.progress import Progress
 from longsift.shards import RunFolder
@@ -88,7 +90,8 @@ class ScoreStage:
         """Score all windows that have no scores yet.
 
         Returns:
-            Counts (windows, failed, tokens), seconds, tokens_per_second, and failures by reason.
+            Counts (windows, failed, tokens), seconds, tokens_per_second, failures by reason, and the distribution of
+            what was measured, by group (`longsift.measured.measured_groups`).
 
         Raises:
             OutputError: no windows, or scores of other parameters.
@@ -100,7 +103,7 @@ class ScoreStage:
         windows = windows_to_score(self._folder)
         self._model = model_of(windows, self._model)
         if self._engine is None and self._begin(windows["length"]):
-            return _result(self._folder.section("scores"))
+            return _result(self._folder)
         _check_tokenizer(windows, self._model)
         facts = self._score_rest(windows["counts"]["tokens"])
         if facts.max_length is not None and self._longest > facts.max_length:
@@ -119,7 +122,7 @@ class ScoreStage:
             self._folder.finish("scores", results | {"set_aside": missing}, incomplete=True)
             raise ShardsSetAside(self._folder.explain_set_aside())
         self._folder.finish("scores", results)
-        return _result(self._folder.section("scores"))
+        return _result(self._folder)
 
     def _begin(self, length: int | None) -> bool:
         from longsift.scoring import score_identity
@@ -273,12 +276,15 @@ def _check_tokenizer(windows: dict[str, Any], model: ModelOptions) -> None:
         )
 
 
-def _result(section: dict[str, Any]) -> dict[str, Any]:
-    counts = section["counts"]
+def _result(folder: RunFolder) -> dict[str, Any]:
+    section = folder.section("scores")
+    counts, identity = section["counts"], section["identity"]
+    rule = build_method(identity["method"], **identity["parameters"]).rule()
     speed = counts["tokens"] / counts["seconds"] if counts["seconds"] else None
     return {
-        "method": section["identity"]["method"],
+        "method": identity["method"],
         **counts,
         "tokens_per_second": speed,
         "reasons": [{"reason": reason, "windows": count} for reason, count in section["reasons"].items()],
+        "distribution": measured_groups(folder.scores, rule),
     }
