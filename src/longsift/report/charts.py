@@ -60,7 +60,13 @@ def axis(field: str, title: str, **further: Any) -> dict[str, Any]:
 
 
 def histogram(
-    description: str, bars: Sequence[Mapping[str, float]], *, x: str, count: str = "windows", height: int = 170
+    description: str,
+    bars: Sequence[Mapping[str, float]],
+    *,
+    x: str,
+    count: str = "windows",
+    domain: tuple[float, float] | None = None,
+    height: int = 170,
 ) -> dict[str, Any]:
     """Counts by bin, those of kept windows in their own colour, and a line at the cut.
 
@@ -69,8 +75,10 @@ def histogram(
     Args:
         bars: `x`, `x2` (a bin's edges), `n` (its count) and `kept` (of these) of each.
         x, count: titles, with units.
+        domain: of the bins; that of the bars by default.
     """
-    edges = {"x": axis("x", x, bin={"binned": True}, axis={"tickCount": 6}), "x2": {"field": "x2"}}
+    scale = {"zero": False, "nice": False} | ({} if domain is None else {"domain": domain})
+    edges = {"x": axis("x", x, bin={"binned": True}, scale=scale, axis={"tickCount": 6}), "x2": {"field": "x2"}}
     tooltip = [
         {"field": "n", "title": count, "format": ","},
         {"field": "kept", "title": "selected", "format": ","},

@@ -34,6 +34,7 @@ def _environment() -> jinja2.Environment:
         "spread": words.spread,
         "share": words.share,
         "plain": words.plain,
+        "brief": words.brief,
         "in_script": in_script,
     }
     environment.globals |= {"chart_library": chart_library, "script_file": script_file}

@@ -18,6 +18,11 @@ def plain(text: object) -> str:
     return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], str(text).replace("\r\n", "\n"))
 
 
+def brief(text: str, most: int = 120) -> str:
+    """A text that may be long, its beginning then."""
+    return text if len(text) <= most else text[:most] + "…"
+
+
 def count(value: int) -> str:
     return f"{value:,}"
 
@@ -73,3 +78,14 @@ def tick(value: float) -> str:
 
 def share(value: float) -> str:
     return f"{100 * value:.3g} %"
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units, such as "3 min 20 s" or "12 days 4 h"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    parts = [(whole // 86_400, "days"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
+    first = next(i for i, (value, _) in enumerate(parts) if value)
+    shown = [f"{value:,} {unit}" for value, unit in parts[first : first + 2] if value]
+    return " ".join(shown).replace("1 days", "1 day", 1) if parts[0][0] == 1 else " ".join(shown)
