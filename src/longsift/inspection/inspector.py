@@ -97,12 +97,17 @@ class Inspection:
         return render_page(self.subject, self.map, self.texts, self.calculator, far=self.far, decoded=self.decoded)
 
 
+def default_span(length: int) -> int:
+    """Tokens of a span in a window of `length`: 128, or as often twice that as `MOST_SPANS` ask for."""
+    span = SPAN
+    while length // span > MOST_SPANS:
+        span *= 2
+    return span
+
+
 def far_shares(shares: Shares, far: int) -> npt.NDArray[np.float64]:
     """What each span draws from spans at least `far` before it, the first span (the attention sink) left out, (J,)."""
-    n = len(shares)
-    kept = np.tril(shares.astype(np.float64), -far)
-    kept[:, 0] = 0
-    total: npt.NDArray[np.float64] = kept.sum(1) if n else np.zeros(0)
+    total: npt.NDArray[np.float64] = np.tril(shares.astype(np.float64), -far)[:, 1:].sum(1)
     return total
 
 
@@ -197,7 +202,7 @@ class Inspector:
             ModelError: it cannot be measured.
         """
         length = len(subject.input_ids)
-        span = self.options.span or SPAN * 2 ** max(math.ceil(math.log2(length / (SPAN * (MOST_SPANS + 1)))), 0)
+        span = self.options.span or default_span(length)
         if length < FEWEST_SPANS * span:
             raise InputError(
                 f"{subject.name} has {length:,} tokens, too few for {FEWEST_SPANS} passages of {span}: take --span "

@@ -154,6 +154,11 @@ def dependency_map(
         )
 
     def focus(layer: LayerAttention) -> npt.NDArray[np.float32]:
+        if layer.sliding_window is not None and layer.sliding_window < length:
+            raise ModelError(
+                f"Layer {layer.layer} sees only the last {layer.sliding_window:,} of {length:,} tokens, so it has no "
+                "map: name layers that see the whole window with --layers."
+            )
         mass = span_focus(layer.q, layer.k, span, scale=layer.scale, softcap=layer.softcap, denominator=denominator)
         each: npt.NDArray[np.float32] = (mass[0] / span).float().cpu().numpy()
         return each
@@ -202,7 +207,7 @@ class _Measured:
 
 def _far_curve(layer: LayerAttention, length: int) -> FarCurve:
     distance = far_distance(length)
-    far = far_statistics(layer.q, layer.k, distance, scale=layer.scale, softcap=layer.softcap)
+    far = far_statistics(layer.q, layer.k, distance, scale=layer.scale, softcap=layer.softcap)  # of a global layer
     mass = far.mass[0].double().mean(0).cpu().numpy()
     points = min(POINTS, length)
     cuts = np.arange(points) * length // points
