@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longsift import selection
 from longsift.errors import OutputError, UsageError
 from longsift.selection import Choice, ScoreRule, Term, choose, select_table
 from longsift.tables import parquet_files
@@ -377,6 +379,37 @@ def test_the_ranking_of_a_killed_process_is_removed_and_that_of_a_running_one_is
     assert not list(tmp_path.glob(".selection-*"))
 
 
+@pytest.mark.parametrize(
+    ("memory", "file_size"),
+    [pytest.param("30MB", 1 << 20, id="full-disk"), pytest.param("2MB", None, id="too-little-memory")],
+)
+def test_a_ranking_without_room_names_the_folder_and_what_to_do(
+    memory: str, file_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 400_000
+    random = np.random.default_rng(0)
+    columns = {
+        "window_id": [f"{i}:{value}" for i, value in enumerate(random.random(rows))],
+        "doc_id": [str(i) for i in range(rows)],
+        "group": ["a"] * rows,
+        "start": [0] * rows,
+        "n_tokens": [1] * rows,
+        "status": ["ok"] * rows,
+        "dependency_strength": random.random(rows),
+    }
+    (tmp_path / "scores").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "scores" / "00000.parquet")
+    monkeypatch.setattr(selection, "_MEMORY", memory)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size or before[0], before[1]))
+    try:
+        with pytest.raises(OutputError, match=rf"no room to rank the windows in {tmp_path}, .* 150 bytes a window"):
+            choose(tmp_path / "scores", STRENGTH, keep=0.5, overlap=False, threads=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob(".selection-*"))
+
+
 def test_a_table_in_memory_is_ranked_as_one_on_disk(tmp_path: Path) -> None:
     write_tables(tmp_path, random_shards(8, {"a": 20, "b": 11}, shards=1))
     table = pq.read_table(tmp_path / "scores")
@@ -386,6 +419,18 @@ def test_a_table_in_memory_is_ranked_as_one_on_disk(tmp_path: Path) -> None:
     assert {row["window_id"]: (row["score"], row["rank"]) for row in kept.to_pylist()} == expected
     assert kept["rank"].to_pylist() == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4]
     assert len(select_table(table, LONGATTN, budget=1)) == 0
+
+
+def test_of_a_table_in_memory_overlaps_and_copies_are_left_out_as_of_one_on_disk(tmp_path: Path) -> None:
+    rows = [*document("d", (0, 0.9), (60, 0.8), (160, 0.1)), *document("e", (0, 0.7), (100, 0.6))]
+    rows[4].ids = rows[0].ids = [7, 7]
+    write_tables(tmp_path, [rows])
+    table = pq.read_table(tmp_path / "scores")
+    asked: dict[str, Any] = {"keep": 0.5, "overlap": False, "dedup": "exact"}
+    with choose(tmp_path / "scores", STRENGTH, **asked) as choice:
+        expected = sorted(window_id for _, _, window_id, _, _ in kept_rows(choice))
+    assert sorted(select_table(table, STRENGTH, **asked)["window_id"].to_pylist()) == expected
+    assert sorted(select_table(table, STRENGTH, keep=0.6)["window_id"].to_pylist()) != expected
 
 
 # --- windows that overlap ---------------------------------------------------------------------------------

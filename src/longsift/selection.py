@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
@@ -172,12 +173,13 @@ class Choice:
         path = self._folder / "chosen.parquet"
         if not path.exists():
             # A file, because DuckDB's Arrow readers changed their names between its versions.
-            self._database.execute(
-                f"""COPY (SELECT place, scored.window_id, score, rank
-                          FROM ranked JOIN cuts USING ("group") JOIN scored ON scored.rowid = place
-                          WHERE rank <= k ORDER BY place)
-                    TO {ranking.quoted(str(path))} (FORMAT parquet)"""
-            )
+            with _room(self._folder):
+                self._database.execute(
+                    f"""COPY (SELECT place, scored.window_id, score, rank
+                              FROM ranked JOIN cuts USING ("group") JOIN scored ON scored.rowid = place
+                              WHERE rank <= k ORDER BY place)
+                        TO {ranking.quoted(str(path))} (FORMAT parquet)"""
+                )
         with pq.ParquetFile(path) as file:
             for shard, table in _by_shard(file.iter_batches(batch_size=1 << 16), self._ends):
                 yield self.shards[shard], table
@@ -331,7 +333,8 @@ def choose(
         UsageError: not exactly one of keep and budget; a value out of range; a mix that sums to more than 1,
             or names a group that the table does not have.
         OutputError: the folder has no score files, or they lack a column of the rule, or hold lists of several
-            lengths where it takes each element by itself; or there is nothing to see overlaps or duplicates by.
+            lengths where it takes each element by itself; or there is nothing to see overlaps or duplicates by;
+            or the disk has no room for the ranking.
     """
     check_request(keep, budget, mix)
     if dedup not in (None, "exact"):
@@ -359,16 +362,17 @@ def choose(
         },
     )
     try:
-        elements = ranking.find_elements(database, files, rule)
-        ranking.load(database, files, rule, elements, places=not overlap, hashes=dedup is not None, windows=starts)
-        if dedup:
-            ranking.leave_out_copies(database)
-        ranking.summarise(database, len(names), elements, copies=dedup is not None)
-        score = ranking.score_formula(rule, elements)
-        if not overlap:
-            ranking.set_behind(database, score)
-        ranking.rank(database, score, overlap=overlap)
-        quotas = ranking.decide(database, keep, budget, mix)
+        with _room(folder):
+            elements = ranking.find_elements(database, files, rule)
+            ranking.load(database, files, rule, elements, places=not overlap, hashes=dedup is not None, windows=starts)
+            if dedup:
+                ranking.leave_out_copies(database)
+            ranking.summarise(database, len(names), elements, copies=dedup is not None)
+            score = ranking.score_formula(rule, elements)
+            if not overlap:
+                ranking.set_behind(database, score)
+            ranking.rank(database, score, overlap=overlap)
+            quotas = ranking.decide(database, keep, budget, mix)
         return Choice(
             rule=rule,
             keep=keep,
@@ -395,14 +399,20 @@ def choose(
 
 
 def select_table(
-    scores: pa.Table, rule: ScoreRule, *, keep: float | None = None, budget: int | None = None
+    scores: pa.Table,
+    rule: ScoreRule,
+    *,
+    keep: float | None = None,
+    budget: int | None = None,
+    overlap: bool = True,
+    dedup: Literal["exact"] | None = None,
 ) -> pa.Table:
     """As `choose`, for a scores table in memory: its kept rows with `score` and `rank`, by group, best first."""
     with tempfile.TemporaryDirectory(prefix="longsift-scores-") as folder:
         table = Path(folder) / "scores"
         table.mkdir()
         pq.write_table(scores, table / "scores.parquet")
-        with choose(table, rule, keep=keep, budget=budget) as choice:
+        with choose(table, rule, keep=keep, budget=budget, overlap=overlap, dedup=dedup) as choice:
             chosen = pa.concat_tables([_CHOSEN.empty_table(), *(table for _, table in choice.chosen())])
     kept = scores.take(chosen["row"])
     for name in ("score", "rank"):
@@ -482,6 +492,20 @@ def _make_folder(parent: Path) -> tuple[Path, IO[str]]:
     fcntl.flock(lock, fcntl.LOCK_EX)
     (folder / "new").rename(folder / "lock")  # others see it locked
     return folder, lock
+
+
+@contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """Within the block, a ranking that finds no room in its folder is an error that says what to do."""
+    try:
+        yield
+    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        if isinstance(error, duckdb.IOException) and str(folder) not in str(error):
+            raise  # it is of a file that is read
+        raise OutputError(
+            f"There is no room to rank the windows in {folder.parent}, beside {_MEMORY} of memory "
+            f"({str(error).splitlines()[0]}). Free about 150 bytes a window on its disk, and run the same command again."
+        ) from error
 
 
 def _groups(database: Any, names: Sequence[str]) -> tuple[GroupChoice, ...]:
