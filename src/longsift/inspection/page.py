@@ -64,7 +64,7 @@ def render_page(
         before=texts[0],
         passages=list(zip(starts, texts[1:], strict=True)),
         decoded=decoded,
-        curve=found.curve and _curve_chart(found.curve),
+        curve=found.curve and _curve_chart(found.curve, found.length),
         data={
             "spans": n,
             "span": found.span,
@@ -86,7 +86,7 @@ def _facts(subject: Subject, found: DependencyMap, calculator: dict[str, Any]) -
         "Layers": ", ".join(map(str, found.layers)),
     }
     if found.curve:
-        facts["Dependency strength"] = f"{number(found.curve.strength)}, LongAttn's, of the first layer"
+        facts["Dependency strength"] = f"{number(found.curve.strength)} (LongAttn)"
     facts["Computed in"] = f"{calculator['dtype']} on {calculator['device']}"
     return facts
 
@@ -120,14 +120,18 @@ def _maps(found: DependencyMap, shown: tuple[int, ...]) -> Iterator[tuple[str, s
 def _ticks(found: DependencyMap) -> Iterator[tuple[float, str]]:
     """Places on an axis of the map in percent, and the token that is there."""
     covered = found.span * found.n_spans
-    step = 2 ** round(math.log2(covered / _TICKS))
     lead = found.length - covered
-    for token in range(0, found.length + 1, step):
+    for token in range(0, found.length + 1, _step(found.length)):
         if token >= lead:
             yield 100 * (token - lead) / covered, f"{token:,}"
 
 
-def _curve_chart(curve: FarCurve) -> dict[str, Any]:
+def _step(length: int) -> int:
+    """Tokens between two ticks of an axis over a window."""
+    return int(2 ** round(math.log2(length / _TICKS)))
+
+
+def _curve_chart(curve: FarCurve, length: int) -> dict[str, Any]:
     flat = [max(position - curve.distance + 1, 0) / (position + 1) for position in curve.positions]
     values = [
         {"position": position, "share": round(100 * share, 3), "of": of}
@@ -141,7 +145,12 @@ def _curve_chart(curve: FarCurve) -> dict[str, Any]:
         data={"values": values},
         mark={"type": "line", "interpolate": "linear"},
         encoding={
-            "x": axis("position", "position of the token that attends (tokens)", scale={"nice": False}),
+            "x": axis(
+                "position",
+                "position of the token that attends (tokens)",
+                scale={"domain": [0, length]},
+                axis={"values": list(range(0, length + 1, _step(length)))},
+            ),
             "y": axis("share", "far attention (%)", scale={"zero": True}),
             "color": {
                 "field": "of",

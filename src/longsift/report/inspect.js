@@ -214,7 +214,7 @@
 
   function choose(passage) {
     elements[chosen].removeAttribute("aria-current");
-    elements[chosen].tabIndex = -1;
+    elements[chosen].removeAttribute("tabindex"); // so that links to passages move no focus
     chosen = passage;
     elements[chosen].setAttribute("aria-current", "true");
     elements[chosen].tabIndex = 0;
@@ -269,15 +269,18 @@
     );
   }
 
-  $("document").addEventListener("focusin", (event) => {
+  $("document").addEventListener("click", (event) => {
     const passage = event.target.closest("[data-passage]");
-    if (passage) choose(Number(passage.dataset.passage));
+    if (!passage) return;
+    choose(Number(passage.dataset.passage));
+    passage.focus({ preventScroll: true });
   });
   $("document").addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (!step) return;
     event.preventDefault();
-    elements[Math.min(Math.max(chosen + step, 0), spans - 1)].focus();
+    choose(Math.min(Math.max(chosen + step, 0), spans - 1));
+    elements[chosen].focus();
   });
 
   // --- choices ---
