@@ -168,7 +168,7 @@ def test_status_tells_of_a_run_that_goes_on_and_of_one_that_was_killed(commands,
         os.kill(process, signal.SIGCONT)
     assert commands.wait(process) == -signal.SIGKILL
     assert going_on["state"] == "running"
-    assert going_on["shards done"] >= 3
+    assert going_on["shards done"] >= 2  # the record of a third may not be there yet
     assert going_on["shards"] == len(parquet_files(quiet / "scores"))
     assert len(going_on["shards running"]) == 1
     assert going_on["process"].startswith(f"{process} on ")

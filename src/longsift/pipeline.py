@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from longsift.cutting import cut as cut
 from longsift.cutting import cut_sources
 from longsift.errors import OutputError, TooManyBadRows, UsageError
-from longsift.options import ModelOptions, ScoreOptions, SelectOptions, WindowOptions
+from longsift.options import EngineOptions, ModelOptions, ScoreOptions, SelectOptions, WindowOptions
 from longsift.scoring_stage import ScoreStage, model_of, windows_to_score
 from longsift.shards import RunFolder
 from longsift.sources import find_sources
@@ -88,8 +88,12 @@ def score(
     *,
     overwrite: bool = False,
     quiet: bool = False,
+    cluster: EngineOptions | None = None,
 ) -> dict[str, Any]:
     """Measure the windows of a run folder, shard by shard; shards that an earlier run finished stay.
+
+    Args:
+        cluster: measure them on a Ray cluster, not here.
 
     Returns:
         Counts (windows, failed, tokens), seconds, tokens_per_second, and failures by reason.
@@ -101,7 +105,10 @@ def score(
     """
     folder = RunFolder(out)
     windows_to_score(folder)  # before a folder is made
-    with folder.lock(), ScoreStage(folder, model, options, overwrite=overwrite, quiet=quiet) as stage:
+    with (
+        folder.lock(),
+        ScoreStage(folder, model, options, overwrite=overwrite, quiet=quiet, cluster=cluster) as stage,
+    ):
         return stage.finish()
 
 
@@ -313,8 +320,12 @@ def run(
     *,
     overwrite: bool = False,
     quiet: bool = False,
+    cluster: EngineOptions | None = None,
 ) -> dict[str, Any]:
     """Do all stages; a run that was stopped goes on where it was.
+
+    Args:
+        cluster: score on a Ray cluster, not here.
 
     Returns:
         The results of the stages, by name, and the report's path.
@@ -322,7 +333,7 @@ def run(
     check_flags(model, windows, scores, selection)
     sources = find_sources(inputs)
     folder = RunFolder(out)
-    with folder.lock(), ScoreStage(folder, model, scores, overwrite=False, quiet=quiet) as stage:
+    with folder.lock(), ScoreStage(folder, model, scores, overwrite=False, quiet=quiet, cluster=cluster) as stage:
         cut_counts = cut_sources(
             sources,
             folder,

@@ -22,7 +22,8 @@ import torch
 from longsift.batches import Batch, Prefetched, Row, Shard, group_rows, read_rows
 from longsift.calculators.checkpoint import Checkpoint, locate
 from longsift.calculators.first_layer import FirstLayer
-from longsift.calculators.full import FullModel
+from longsift.calculators.full import FullModel, existing_layers
+from longsift.calculators.interface import read_config
 from longsift.cutting import load_tokenizer
 from longsift.errors import ModelError, UsageError
 from longsift.methods import Method, build_method, parameters_of
@@ -470,12 +471,13 @@ def resolve_dtype(dtype: str) -> torch.dtype | None:
 
 
 def score_identity(
-    model: str, revision: str | None, options: ScoreOptions, window: int | None = None
+    model: str, revision: str | None, options: ScoreOptions, window: int | None = None, *, elsewhere: bool = False
 ) -> dict[str, Any]:
     """Everything that scores depend on, as JSON values, checked without loading a model.
 
     Args:
         window: tokens in a window, where that is known: it must be long enough for the method.
+        elsewhere: the device is another machine's, and is not looked for here.
 
     Raises:
         UsageError: options that cannot work, or a calculator that the calibration was not made with.
@@ -485,7 +487,7 @@ def score_identity(
     layers = parse_layers(options.layers)
     _check_layers(method, layers)
     resolve_dtype(options.dtype)
-    device = resolve_device(options.device).type
+    device = options.device.partition(":")[0] if elsewhere else resolve_device(options.device).type
     _check_calculator(method, model, revision, options.rope_theta)
     if window is not None and window < method.shortest():
         raise UsageError(
@@ -501,6 +503,18 @@ def score_identity(
         "rope_theta": options.rope_theta,
         "layers": layers,
     }
+
+
+def check_layers(model: ModelOptions, options: ScoreOptions) -> None:
+    """Refuse layers that the calculator does not have, from its configuration alone.
+
+    Raises:
+        UsageError: `layers` names such a layer.
+        ModelError: the configuration cannot be read.
+    """
+    if (layers := parse_layers(options.layers)) is not None:
+        location = locate(model.model or "embedded", model.revision)
+        existing_layers(layers, read_config(location, trust_remote_code=model.trust_remote_code), location)
 
 
 def _calibrated(method: object) -> Calibrated | None:

@@ -11,21 +11,23 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from longsift.cutting import load_tokenizer
 from longsift.engines.local import Facts, LocalEngine, Shard, devices, facts_of, score_each
-from longsift.errors import InputError, ProcessLost, ShardsSetAside, UsageError
+from longsift.errors import InputError, ShardsSetAside, UsageError
 from longsift.measured import measured_groups
 from longsift.methods import build_method
-from longsift.options import ModelOptions, ScoreOptions
+from longsift.options import EngineOptions, ModelOptions, ScoreOptions
 from longsift.progress import Progress
 from longsift.shards import RunFolder
 from longsift.tables import parquet_files
 
+if TYPE_CHECKING:
+    from longsift.engines.ray_cluster import RayEngine
+
 log = logging.getLogger(__name__)
 
-_HOPELESS = 16  # shards set aside with none scored between: then it is not the shards
 _SAY_EVERY = 2.0  # seconds between two notes for `longsift status`
 
 
@@ -36,22 +38,30 @@ class ScoreStage:
         model: the calculator; by default the one that the windows were cut for.
         overwrite: throw away scores of other parameters.
         quiet: no progress.
+        cluster: score on a Ray cluster, not here.
     """
 
     def __init__(
-        self, folder: RunFolder, model: ModelOptions, options: ScoreOptions, *, overwrite: bool, quiet: bool
+        self,
+        folder: RunFolder,
+        model: ModelOptions,
+        options: ScoreOptions,
+        *,
+        overwrite: bool,
+        quiet: bool,
+        cluster: EngineOptions | None = None,
     ) -> None:
-        self._folder, self._model, self._options = folder, model, options
+        self._folder, self._model, self._cluster = folder, model, cluster
+        self._options = options if cluster is None else cluster.of_tasks(options)
         self._overwrite, self._quiet = overwrite, quiet
         self._done: set[str] = set()  # shards that need no scoring
-        self._engine: LocalEngine | None = None
+        self._engine: LocalEngine | RayEngine | None = None
         self._progress: Progress | None = None
         self._tokens = 0  # that were measured when there was no progress yet
         self._clock = 0.0  # when the last shard was done, or the first begun
-        self._longest = 0
-        self._aside_in_a_row = 0
         self._said = 0.0  # when the last note for `longsift status` was written
         self._unpublished = 0  # tokens measured of shards that are under way
+        self._devices: int | None = None  # that score together; None where that is not known
         self._here: deque[str] = deque()  # shards that this process itself is to score
 
     def __enter__(self) -> Self:
@@ -66,8 +76,8 @@ class ScoreStage:
 
     @property
     def apart(self) -> bool:
-        """Whether windows are scored by a GPU, or by other processes: then others can be cut meanwhile."""
-        return _apart(devices(self._options))
+        """Whether windows are scored by a GPU here, or by other processes: then others can be cut meanwhile."""
+        return self._cluster is None and _apart(devices(self._options))
 
     def offer(self, windows: Path) -> None:
         """Score a windows file while others are still being cut; processes are started at the first.
@@ -104,18 +114,19 @@ class ScoreStage:
         self._model = model_of(windows, self._model)
         if self._engine is None and self._begin(windows["length"]):
             return _result(self._folder)
-        _check_tokenizer(windows, self._model)
+        check_tokenizer(windows, self._model)
         facts = self._score_rest(windows["counts"]["tokens"])
-        if facts.max_length is not None and self._longest > facts.max_length:
-            log.warning(
-                "windows of %d tokens are longer than the %d of the calculator", self._longest, facts.max_length
-            )
         records = self._folder.records("scores").values()
+        longest = max((record.get("longest", 0) for record in records), default=0)
+        if facts.max_length is not None and longest > facts.max_length:
+            log.warning("windows of %d tokens are longer than the %d of the calculator", longest, facts.max_length)
         reasons: Counter[str] = Counter()
         for record in records:
             reasons.update(record["reasons"])
         counts = {key: sum(record[key] for record in records) for key in ("windows", "failed", "tokens", "seconds")}
         results = {"calculator": facts.calculator, "counts": counts, "reasons": dict(reasons.most_common())}
+        if all("devices" in record for record in records):
+            results["device_seconds"] = round(sum(record["seconds"] * record["devices"] for record in records), 3)
         aside = self._folder.shards_set_aside()
         if aside:
             missing = {"shards": len(aside), "windows": windows["counts"]["windows"] - counts["windows"]}
@@ -128,7 +139,9 @@ class ScoreStage:
         from longsift.scoring import score_identity
 
         model = self._model
-        identity = score_identity(model.model or "embedded", model.revision, self._options, length)
+        identity = score_identity(
+            model.model or "embedded", model.revision, self._options, length, elsewhere=self._cluster is not None
+        )
         finished = self._folder.begin("scores", identity, overwrite=self._overwrite)
         self._folder.forget_set_aside()
         scores = self._folder.scores
@@ -136,18 +149,27 @@ class ScoreStage:
         self._tokens = sum(record["tokens"] for record in self._folder.records("scores").values())
         return finished
 
-    def _start(self, devices: list[str]) -> LocalEngine:
-        self._engine = LocalEngine(
-            self._folder.scores,
-            self._model,
-            self._options,
-            devices,
-            on_ready=self._start_clock,
-            on_done=self._record,
-            on_set_aside=self._set_aside,
-            on_advance=self._advance,
-        )
+    def _start(self, devices: list[str]) -> LocalEngine | RayEngine:
+        parts = self._model, self._options
+        if self._cluster is None:
+            self._devices = len(set(devices))
+            self._engine = LocalEngine(
+                self._folder.scores, *parts, devices, on_ready=self._start_clock, **self._callbacks()
+            )
+        else:
+            from longsift.engines.ray_cluster import RayEngine
+
+            self._engine = RayEngine(
+                self._folder, *parts, self._cluster, on_ready=self._start_clock, **self._callbacks()
+            )
         return self._engine.__enter__()
+
+    def _callbacks(self) -> dict[str, Any]:
+        return {
+            "on_done": self._record,
+            "on_set_aside": self._set_aside,
+            "on_advance": self._advance,
+        }
 
     def _submit(self, windows: Path) -> None:
         assert self._engine is not None
@@ -157,13 +179,15 @@ class ScoreStage:
 
     def _score_rest(self, tokens: int) -> Facts:
         left = [path for path in parquet_files(self._folder.windows) if path.stem not in self._done]
-        chosen = devices(self._options)
+        chosen = devices(self._options) if self._cluster is None else []
         if self._engine is None:
             chosen = chosen[: max(1, len(left))]
         processes, gpus = len(chosen), len(set(chosen))  # those on a CPU share one
         where = f" on {gpus} GPUs" if gpus > 1 else f" in {processes} processes" if processes > 1 else ""
+        if self._cluster is not None:
+            where = " on a Ray cluster"
         with Progress(f"scores{where}", tokens, "tokens", done=self._tokens, quiet=self._quiet) as self._progress:
-            if self._engine is not None or _apart(chosen):
+            if self._engine is not None or self._cluster is not None or _apart(chosen):
                 engine = self._engine or self._start(chosen)
                 for path in left:
                     self._submit(path)
@@ -171,15 +195,14 @@ class ScoreStage:
             from longsift.scoring import Scorer
 
             scorer = Scorer.from_options(self._model, self._options)
+            self._devices = 1
             self._here.extend(path.stem for path in left)
             self._start_clock()
             score_each(
                 scorer,
                 left,
                 self._folder.scores,
-                on_done=self._record,
-                on_set_aside=self._set_aside,
-                on_advance=self._advance,
+                **self._callbacks(),
             )
             return facts_of(scorer)
 
@@ -209,12 +232,6 @@ class ScoreStage:
         log.warning("the shard %s is set aside: %s", windows.stem, why)
         self._folder.set_aside(windows.stem, why)
         self._end(windows.stem)
-        self._aside_in_a_row += 1
-        if self._aside_in_a_row == _HOPELESS:
-            raise ProcessLost(
-                f"{_HOPELESS} shards in a row could not be scored, so it is not the shards: {why}. Those that were "
-                "scored before are kept; once that is mended, the same command goes on where it stopped."
-            )
 
     def _end(self, shard: str) -> None:
         with suppress(ValueError):  # it was scored by another process
@@ -225,10 +242,8 @@ class ScoreStage:
         before = self._clock
         self._start_clock()
         self._unpublished -= shard.counts["tokens"]
-        self._aside_in_a_row = 0
         self._end(shard.name)
-        self._longest = max(self._longest, shard.longest)
-        self._folder.record("scores", shard.name, {**shard.counts, "seconds": round(self._clock - before, 3)})
+        self._folder.record("scores", shard.name, shard.record(self._clock - before, self._devices))
 
 
 def _apart(devices: list[str]) -> bool:
@@ -263,7 +278,7 @@ def model_of(windows: dict[str, Any], model: ModelOptions) -> ModelOptions:
     )
 
 
-def _check_tokenizer(windows: dict[str, Any], model: ModelOptions) -> None:
+def check_tokenizer(windows: dict[str, Any], model: ModelOptions) -> None:
     """Refuse token ids of one tokenizer for a calculator with another: the scores would mean nothing."""
     known, identity = windows["tokenizer"], windows["identity"]
     name = model.model or "embedded"

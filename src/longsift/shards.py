@@ -19,6 +19,7 @@ from typing import IO, Any, Literal
 
 from longsift import __version__
 from longsift.errors import OutputError, ShardsSetAside
+from longsift.jobs import check_ended
 from longsift.tables import publish
 
 Stage = Literal["windows", "scores", "selected"]
@@ -102,7 +103,7 @@ class RunFolder:
             overwrite: throw away what this stage and the later ones hold.
 
         Raises:
-            OutputError: the folder holds the same stage of another identity.
+            OutputError: the folder holds the same stage of another identity, or jobs of a cluster still work in it.
         """
         manifest = self.manifest()
         section = manifest.get(stage)
@@ -113,9 +114,10 @@ class RunFolder:
                 f"{self.path} holds {stage} of another run ({details}). "
                 "Choose another output folder, or throw the old tables away with --overwrite."
             )
+        if section and not overwrite and section["status"] == "done":
+            return True
+        check_ended(self.path)
         if section and not overwrite:
-            if section["status"] == "done":
-                return True
             if section["status"] == "incomplete":
                 section["status"] = "running"
                 manifest.pop("selected", None)  # it lacks what may come now: the report must not be of both

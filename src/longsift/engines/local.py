@@ -7,6 +7,7 @@ process ends, is tried once more, alone, and then set aside; the others go on.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 _AHEAD = 2  # shards that a process has at a time: it reads the next while it measures one
 _POLL = 0.05  # seconds within which new shards are handed out
 _SAY_EVERY = 0.2  # seconds between two messages of a process on how far it is
+_HOPELESS = 16  # shards set aside with none scored between: then it is not the shards
+_COUNTS = ("windows", "failed", "tokens", "reasons")
 _TARGET = f"{__name__}:score_in_process"
 
 Advance = Callable[[int, int, int], None]
@@ -55,6 +58,17 @@ class Shard:
     name: str
     counts: dict[str, Any]
     longest: int
+
+    def record(self, seconds: float, devices: int | None) -> dict[str, Any]:
+        """What is recorded of it, which took so many seconds of so many devices, where their number is known."""
+        taken = {"seconds": round(seconds, 3)} | ({} if devices is None else {"devices": devices})
+        return {**self.counts, "longest": self.longest, **taken}
+
+    @classmethod
+    def recorded(cls, path: Path) -> Shard:
+        """The shard that a file records."""
+        record = json.loads(path.read_text("utf-8"))
+        return cls(path.stem, {name: record[name] for name in _COUNTS}, record["longest"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +130,30 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+class Patience:
+    """Ends what sets one shard aside after another."""
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def scored(self) -> None:
+        """A shard was scored."""
+        self._in_a_row = 0
+
+    def set_aside(self, why: str) -> None:
+        """A shard was set aside.
+
+        Raises:
+            ProcessLost: so were many before it, and none was scored between.
+        """
+        self._in_a_row += 1
+        if self._in_a_row == _HOPELESS:
+            raise ProcessLost(
+                f"{_HOPELESS} shards in a row could not be scored, so it is not the shards: {why}. Those that were "
+                "scored before are kept; once that is mended, the same command goes on where it stopped."
+            )
+
+
 class Ahead:
     """What was told of shards that are not yet published: tokens, windows and failed windows."""
 
@@ -152,22 +190,26 @@ def score_each(
 
     Raises:
         OSError: scores cannot be written.
+        ProcessLost: nothing but failures came.
         LongsiftError: what concerns all of them.
     """
     left = deque(windows)
     alone = False
+    patience = Patience()
     while left:
         ahead = Ahead(on_advance)
         try:
             for shard in score_files(scorer, [left[0]] if alone else list(left), scores, ahead.advance):
                 left.popleft()
                 ahead.settle(shard)
+                patience.scored()
                 on_done(shard)
             alone = False
         except ShardRaised as error:
             ahead.take_back()
             if alone:
                 on_set_aside(left.popleft(), str(error))
+                patience.set_aside(str(error))
             else:
                 log.warning("%s or one soon after it raised (%s); it is tried once more, alone", left[0].name, error)
             alone = not alone
@@ -244,7 +286,7 @@ class LocalEngine:
         devices: one for every process; on a CPU they share its cores.
         on_ready: called when the first process begins to score.
         on_done: called for every shard whose scores are published.
-        on_set_aside: called with every shard that has failed twice, and why; what it raises ends the engine.
+        on_set_aside: called with every shard that has failed twice, and why.
         on_advance: called with tokens, windows and failed windows as they are measured; less than 0 when they must be
             measured again. All four are called in the engine's own thread.
     """
@@ -264,6 +306,7 @@ class LocalEngine:
         self._scores, self._model, self._options, self._devices = scores, model, options, devices
         self._on_ready, self._on_done = on_ready, on_done
         self._on_set_aside, self._on_advance = on_set_aside, on_advance
+        self._patience = Patience()
         self._pending: deque[Path] = deque()
         self._suspects: set[Path] = set()  # of processes that were lost
         self._processes: list[_Process] = []
@@ -298,7 +341,7 @@ class LocalEngine:
         """Wait until all that was submitted is published or set aside.
 
         Raises:
-            ProcessLost: no process could begin, or go on.
+            ProcessLost: no process could begin or go on, or nothing but failures came.
             OSError: scores cannot be written.
             LongsiftError: what concerns all shards, such as a calculator that cannot be loaded.
         """
@@ -364,6 +407,7 @@ class LocalEngine:
             case Shard():
                 process.shards.popleft()
                 process.ahead.settle(message)
+                self._patience.scored()
                 self._on_done(message)
             case Failure(error=LongsiftError() | OSError() as error):
                 raise error
@@ -390,6 +434,7 @@ class LocalEngine:
         process.ahead.take_back()
         if len(process.shards) == 1 and process.shards[0] in self._suspects:
             self._on_set_aside(process.shards.popleft(), why)
+            self._patience.set_aside(why)
         else:
             names = ", ".join(path.name for path in process.shards) or "nothing"
             log.warning("a process on %s ended (%s) at %s, which is tried once more", process.device, why, names)
