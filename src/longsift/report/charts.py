@@ -7,11 +7,14 @@ colours: a heat map varies the opacity of one. `charts.js` draws; every chart fi
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 KEPT, REST, CUT, INK, SOFT, LINE = (f"var(--{name})" for name in ("kept", "rest", "cut", "ink", "soft", "line"))
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+
+_COUNT = "datum.value < 1e4 ? format(datum.value, ',') : format(datum.value, '~s')"
 
 
 def theme() -> dict[str, Any]:
@@ -54,7 +57,7 @@ def chart(description: str, *, height: int = 190, **parts: Any) -> dict[str, Any
     }
 
 
-def axis(field: str, title: str, **further: Any) -> dict[str, Any]:
+def axis(field: str, title: str | list[str], **further: Any) -> dict[str, Any]:
     """The encoding of a quantity, with a title that names its unit."""
     return {"field": field, "type": "quantitative", "title": title, **further}
 
@@ -66,7 +69,7 @@ def histogram(
     x: str,
     count: str = "windows",
     domain: tuple[float, float] | None = None,
-    height: int = 170,
+    height: int = 190,
 ) -> dict[str, Any]:
     """Counts by bin, those of kept windows in their own colour, and a line at the cut.
 
@@ -78,7 +81,9 @@ def histogram(
         domain: of the bins; that of the bars by default.
     """
     scale = {"zero": False, "nice": False} | ({} if domain is None else {"domain": domain})
-    edges = {"x": axis("x", x, bin={"binned": True}, scale=scale, axis={"tickCount": 6}), "x2": {"field": "x2"}}
+    ticks = {"tickCount": 6, "format": _format([bar["x2"] for bar in bars])}
+    edges = {"x": axis("x", x, bin={"binned": True}, scale=scale, axis=ticks), "x2": {"field": "x2"}}
+    counted = {"labelExpr": _COUNT, "tickMinStep": 1}
     tooltip = [
         {"field": "n", "title": count, "format": ","},
         {"field": "kept", "title": "selected", "format": ","},
@@ -92,7 +97,7 @@ def histogram(
         datasets={"bars": list(bars), "cut": []},
         data={"name": "bars"},
         layer=[
-            {"mark": gap, "encoding": {**edges, "y": axis("n", count, axis={"format": "~s"}), "tooltip": tooltip}},
+            {"mark": gap, "encoding": {**edges, "y": axis("n", count, axis=counted), "tooltip": tooltip}},
             {"mark": {**gap, "color": KEPT}, "encoding": {**edges, "y": axis("kept", count), "tooltip": tooltip}},
             {"data": {"name": "cut"}, "mark": "rule", "encoding": {"x": {"field": "x", "type": "quantitative"}}},
         ],
@@ -107,7 +112,7 @@ def heat_map(
     y: str,
     count: str = "windows",
     log_x: bool = False,
-    height: int = 230,
+    height: int = 190,
 ) -> dict[str, Any]:
     """Binned counts of two quantities: the more windows, the denser a cell.
 
@@ -118,6 +123,7 @@ def heat_map(
         log_x: a logarithmic axis.
     """
     scale = {"zero": False, "nice": False}
+    ticks = {"format": _format([cell["x2"] for cell in cells]), "tickCount": 5}
     selected = [{"field": "kept", "title": "selected", "format": ","}] if any("kept" in cell for cell in cells) else []
     return chart(
         description,
@@ -125,9 +131,9 @@ def heat_map(
         data={"values": list(cells)},
         mark={"type": "rect", "tooltip": True},
         encoding={
-            "x": axis("x", x, scale=scale | ({"type": "log"} if log_x else {}), axis={"format": "~s", "tickCount": 5}),
+            "x": axis("x", x, scale=scale | ({"type": "log"} if log_x else {}), axis=ticks),
             "x2": {"field": "x2"},
-            "y": axis("y", y, scale=scale, axis={"format": ".3~g"}),
+            "y": axis("y", wrap(y, 28), scale=scale, axis={"format": _format([cell["y2"] for cell in cells])}),
             "y2": {"field": "y2"},
             "fill": {"condition": {"test": "datum.kept * 2 < datum.n", "value": REST}, "value": KEPT},
             "opacity": axis("n", count, scale={"type": "log", "domainMin": 0.5, "range": [0.15, 1]}, legend=None),
@@ -141,3 +147,14 @@ def heat_map(
             ],
         },
     )
+
+
+def _format(values: Sequence[float]) -> str:
+    """A format of d3 for the ticks of an axis up to the largest of some values."""
+    largest = max(map(abs, values), default=1)
+    return ".2~e" if 0 < largest < 1e-3 else "~s" if largest >= 1e4 else ".4~g"
+
+
+def wrap(title: str, width: int) -> list[str]:
+    """A title in lines, for an axis that is short."""
+    return textwrap.wrap(title, width)

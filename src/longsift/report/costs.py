@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longsift.report.charts import axis, chart
-from longsift.report.words import duration, tokens
+from longsift.report.words import duration, number, tokens
 from longsift.shards import RunFolder
 
 PROJECTED = (1_000_000_000, 36_000_000_000)  # tokens; 36 B is what LongAttn's authors scored
@@ -41,7 +41,7 @@ def projections(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             (
                 tokens(total),
                 duration(total * counts["seconds"] / counts["tokens"]),
-                "–" if hours is None else f"{hours:,.1f}" if hours < 100 else f"{hours:,.0f}",
+                number(hours),
             )
         )
     return rows
@@ -74,11 +74,12 @@ def speed(out: Path) -> dict[str, Any] | None:
                 for first, last, speed in points
             ]
         },
-        mark={"type": "bar", "color": "var(--kept)", "tooltip": True},
+        mark={"type": "rect", "tooltip": True},
         encoding={
-            "x": axis("from", f"time of scoring, {unit}", scale={"nice": False}, axis={"format": "~g"}),
+            "x": axis("from", f"time of scoring, {unit}", scale={"nice": False}, axis={"format": ".4~g"}),
             "x2": {"field": "to"},
-            "y": axis("speed", "tokens/s", axis={"format": "~s"}),
+            "y": axis("speed", "tokens/s", axis={"format": ".3~s"}),
+            "y2": {"datum": 0},
             "tooltip": [
                 {"field": "speed", "title": "tokens/s", "format": ",.0f"},
                 {"field": "from", "title": f"from, {unit}", "format": ".3~g"},
@@ -93,9 +94,9 @@ def _points(records: Sequence[tuple[int, float]]) -> list[tuple[float, float, fl
     total = sum(seconds for _, seconds in records)
     points: list[tuple[float, float, float]] = []
     begun, clock, done = 0.0, 0.0, 0
-    for number, (count, seconds) in enumerate(records):
+    for index, (count, seconds) in enumerate(records):
         clock, done = clock + seconds, done + count
-        if clock > begun and (clock - begun >= total / _POINTS or number == len(records) - 1):
+        if clock > begun and (clock - begun >= total / _POINTS or index == len(records) - 1):
             points.append((begun, clock, done / (clock - begun)))
             begun, done = clock, 0
     return points

@@ -67,7 +67,9 @@ def _depths(windows: Sequence[int], kept: Sequence[int], whole: int) -> Figure:
         for i, (n, k) in enumerate(zip(windows, kept, strict=True))
         if n
     ]
-    chart = histogram("Windows by their place in the document", bars, x="middle of the window, % of the document")
+    chart = histogram(
+        "Windows by their place in the document", bars, x="middle of the window, % of the document", domain=(0, 100)
+    )
     one = f"without {count(whole)} windows that are all of their document" if whole else "all groups"
     return Figure("Place in the document", one, chart)
 
