@@ -22,8 +22,7 @@ import torch
 from longsift.batches import Batch, Prefetched, Row, Shard, group_rows, read_rows
 from longsift.calculators.checkpoint import Checkpoint, locate
 from longsift.calculators.first_layer import FirstLayer
-from longsift.calculators.full import FullModel, existing_layers
-from longsift.calculators.interface import read_config
+from longsift.calculators.full import FullModel
 from longsift.cutting import load_tokenizer
 from longsift.errors import ModelError, UsageError
 from longsift.methods import Method, build_method, parameters_of
@@ -503,18 +502,6 @@ def score_identity(
         "rope_theta": options.rope_theta,
         "layers": layers,
     }
-
-
-def check_layers(model: ModelOptions, options: ScoreOptions) -> None:
-    """Refuse layers that the calculator does not have, from its configuration alone.
-
-    Raises:
-        UsageError: `layers` names such a layer.
-        ModelError: the configuration cannot be read.
-    """
-    if (layers := parse_layers(options.layers)) is not None:
-        location = locate(model.model or "embedded", model.revision)
-        existing_layers(layers, read_config(location, trust_remote_code=model.trust_remote_code), location)
 
 
 def _calibrated(method: object) -> Calibrated | None:
