@@ -316,6 +316,48 @@ def test_a_calculator_with_another_tokenizer_is_refused(finished, tmp_path):
     assert "does not share" in output
 
 
+@pytest.mark.parametrize("command", ["run", "score"])
+def test_layers_that_the_calculator_does_not_have_are_refused_before_documents_are_cut(
+    command: str, corpus, model, tmp_path
+):
+    flags = ["-o", tmp_path / "out", "--model", model, "--method", "ladm", "--layers", "1,99"]
+    output = longsift(command, corpus, *flags, "-q", code=2)
+    assert "--layers [1, 99]" in output
+    assert "has the layers 0 to 2" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mix_of_groups_that_were_not_cut_is_refused_before_windows_are_scored(corpus, model, tmp_path):
+    flags = [corpus, "-o", tmp_path / "out", "--model", model, *LONGATTN, "--window", 512, "-q"]
+    output = longsift("run", *flags, "--mix", "code=0.5,books=0.5", code=2)
+    assert "--mix names groups of which there is no window: books. There are: code, mixed." in output
+    assert not list((tmp_path / "out").glob("scores/*.parquet"))
+    longsift("run", *flags, "--mix", "code=0.5")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--window", 256], "--window 256"),
+        (["--text-key", "body"], "--text-key body"),
+        (["--limit", 2], "--limit 2"),
+        (["--sample", 3], "--sample 3"),
+        (["--window", 256, "--dry-run"], "--window 256"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_options_that_would_cut_other_windows_are_refused_where_windows_are_scored(finished, flags, named, tmp_path):
+    output = longsift("score", finished, "-o", tmp_path / "out", *LONGATTN, *flags, "-q", code=2)
+    assert f"{named} would cut other windows than those of {finished}" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_the_windows_were_cut_with_may_be_named_again(finished, tmp_path):
+    length = RunFolder(finished).section("windows")["length"]
+    flags = ["--window", length, "--cut-workers", 1, "--max-bad", 1, "--shard-tokens", 1 << 20]
+    longsift("score", finished, "-o", tmp_path / "out", *LONGATTN, *flags, "-q")
+
+
 def test_a_dry_run_says_how_much_there_is_and_writes_nothing(corpus, model, tmp_path):
     flags = [corpus, "-o", tmp_path / "out", "--model", model, "--window", 512]
     plan = as_json(longsift("run", *flags, *LONGATTN, "--dry-run", "--json"))

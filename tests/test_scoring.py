@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -71,6 +72,31 @@ def write_windows(path: Path, windows: list[np.ndarray]) -> Path:
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=WINDOWS), path)
     return path
+
+
+def test_what_overlaps_and_what_is_twice_is_selected_in_memory_as_by_the_command(model: Path) -> None:
+    scorer = Scorer("longattn", model=str(model), device="cpu")
+    text = "\n".join(f"def far_{i}(n):  # {i * 7919}\n    return n" for i in range(60))
+    texts = [text, text[:1500] * 2, text[:1500] * 2]
+    scores = scorer.score(texts, window=300)
+    starts = dict(zip(scores["window_id"].to_pylist(), scores["start"].to_pylist(), strict=True))
+    lasts = {window_id.split(":")[0]: start for window_id, start in starts.items()}
+    assert any(start % 299 for start in lasts.values())  # a last window that overlaps the one before
+    assert scores["ids_hash"].null_count == 0
+
+    def overlapping(kept: pa.Table) -> int:
+        by_text: dict[str, list[int]] = {}
+        for doc_id, start in zip(kept["doc_id"].to_pylist(), kept["start"].to_pylist(), strict=True):
+            by_text.setdefault(doc_id, []).append(start)
+        return sum(b - a < 299 for some in map(sorted, by_text.values()) for a, b in pairwise(some))
+
+    every = scorer.select(scores, keep=1.0)
+    assert overlapping(every) > 0
+    share = (len(scores) - overlapping(every)) / len(scores) * 0.99
+    assert overlapping(scorer.select(scores, keep=share)) == 0
+    assert overlapping(scorer.select(scores, keep=share, overlap=True)) > 0
+    once = scorer.select(scores, keep=1.0, dedup="exact")
+    assert len(set(once["ids_hash"].to_pylist())) == len(once) < len(every)
 
 
 @pytest.mark.parametrize("method", ["longattn", "ladm"])

@@ -230,6 +230,7 @@ def run(
         slurm.check(out, scores, engine)
         pipeline.check_flags(model, windows, scores, selection)
         pipeline.cut(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
+        pipeline.check_mix(out, selection)
         _print(slurm.submit(out, model, scores, engine, selection, max_bad=windows.max_bad), as_json)
         return
     cluster = _ray_cluster(scores, engine)
@@ -285,6 +286,7 @@ def score(
         from longsift.planning import estimate, estimate_scores
 
         folder = pipeline.run_folder(inputs)
+        pipeline.check_uncut(folder, windows)
         plan = estimate_scores(folder, model, scores) if folder else estimate(inputs, model, windows, scores)
         _print(plan, as_json)
         return

@@ -9,8 +9,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
 
 from longsift.cutting import cut as cut
 from longsift.cutting import cut_sources
@@ -19,6 +22,7 @@ from longsift.options import EngineOptions, ModelOptions, ScoreOptions, SelectOp
 from longsift.scoring_stage import ScoreStage, model_of, windows_to_score
 from longsift.shards import RunFolder
 from longsift.sources import find_sources
+from longsift.tables import parquet_files
 
 if TYPE_CHECKING:
     from longsift.selection import Choice
@@ -40,10 +44,11 @@ def prepare_windows(
     """The run folder to score: the one given, a new one on the windows of the one given, or one cut from documents.
 
     Raises:
-        UsageError: documents without a folder for the run.
+        UsageError: documents without a folder for the run; options that would cut other windows than the folder's.
         OutputError: `out` holds windows of its own.
     """
     given = run_folder(inputs)
+    check_uncut(given, options)
     if given is None:
         if out is None:
             raise UsageError("Scoring documents needs a folder for the run: -o OUT.")
@@ -69,6 +74,30 @@ def run_folder(inputs: Sequence[str]) -> Path | None:
     """The run folder that the inputs name, or None when they are documents."""
     given = Path(inputs[0])
     return given if len(inputs) == 1 and (given / "manifest.json").is_file() else None
+
+
+def check_uncut(folder: Path | None, options: WindowOptions) -> None:
+    """Refuse options that would cut other windows than those that a run folder has.
+
+    Args:
+        folder: whose windows are to be scored; None for documents, which are still to be cut.
+
+    Raises:
+        UsageError: an option is given and differs from what the windows were cut with.
+        OutputError: the folder has no finished windows.
+    """
+    if folder is None:
+        return
+    windows = RunFolder(folder).section("windows")
+    plain, cut = WindowOptions(), windows["identity"]
+    for field in fields(options):
+        name, value = field.name, getattr(options, field.name)
+        known = (getattr(plain, name), cut.get(name), windows["length"] if name == "window" else None)
+        if name in cut and value not in known:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value} would cut other windows than those of {folder}, which are cut "
+                "already. Leave it out, or score the documents into another folder."
+            )
 
 
 def calculator_for(inputs: Sequence[str], model: ModelOptions) -> ModelOptions:
@@ -344,6 +373,7 @@ def run(
             # Which windows a sample has is known at the end only.
             on_part=stage.offer if windows.sample is None and stage.apart else lambda path: None,
         )
+        check_mix(out, selection)
         counts = stage.finish()
     result = {"windows": cut_counts, "scores": counts, "selected": select(out, selection)}
     return result | {"report": str(report(out))}
@@ -357,13 +387,30 @@ def check_flags(
     Raises:
         UsageError: they cannot work.
     """
-    from longsift.scoring import score_identity
+    from longsift.scoring import check_layers, score_identity
     from longsift.selection import check_request
 
     identity = score_identity(model.model or "embedded", model.revision, scores, windows.window)
+    check_layers(model, scores)
     if selection is not None:
         asked = _selection_identity(selection, {}, identity)
         check_request(asked["keep"], asked["budget"], asked["mix"])
+
+
+def check_mix(out: Path | str, selection: SelectOptions) -> None:
+    """Refuse a mix of groups of which no window was cut, before any is scored.
+
+    Raises:
+        UsageError: `mix` names such groups.
+    """
+    if (mix := parse_mix(selection.mix)) is not None:
+        from longsift.ranking import check_groups
+
+        files = parquet_files(RunFolder(out).windows)
+        groups: set[str] = set()
+        for path in files:
+            groups.update(pq.read_table(path, columns=["group"])["group"].unique().to_pylist())
+        check_groups(mix, sorted(groups))
 
 
 def check_bad(out: Path | str, max_bad: float) -> None:

@@ -280,17 +280,25 @@ def decide(database: Any, keep: float | None, budget: int | None, mix: Mapping[s
 def _pools(groups: Sequence[str], mix: Mapping[str, float] | None) -> list[tuple[tuple[str, ...], Fraction]]:
     if mix is None:
         return [(tuple(groups), Fraction(1))]
-    unknown = sorted(set(mix) - set(groups))
-    if unknown:
-        raise UsageError(
-            f"--mix names groups that the scores do not have: {', '.join(unknown)}. "
-            f"They have: {', '.join(groups[:20])}{', …' if len(groups) > 20 else ''}."
-        )
+    check_groups(mix, groups)
     pools: list[tuple[tuple[str, ...], Fraction]] = [((group,), exact(share)) for group, share in mix.items()]
     rest = 1 - sum(map(exact, mix.values()), Fraction(0))
     if rest > MIX_TOLERANCE:
         pools.append((tuple(group for group in groups if group not in mix), rest))
     return pools
+
+
+def check_groups(mix: Mapping[str, float], groups: Sequence[str]) -> None:
+    """Refuse a mix of groups of which there are no windows.
+
+    Raises:
+        UsageError: it names such groups.
+    """
+    if unknown := sorted(set(mix) - set(groups)):
+        raise UsageError(
+            f"--mix names groups of which there is no window: {', '.join(unknown)}. "
+            f"There are: {', '.join(groups[:20])}{', …' if len(groups) > 20 else ''}."
+        )
 
 
 def _store_cuts(database: Any, cuts: Mapping[str, int]) -> None:

@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from longsift.batches import Batch, Prefetched, Row, Shard, group_rows, read_rows
+from longsift.batches import Batch, Prefetched, Row, Shard, group_rows, ids_hash, read_rows
 from longsift.calculators.checkpoint import Checkpoint, locate
 from longsift.calculators.first_layer import FirstLayer
-from longsift.calculators.full import FullModel
+from longsift.calculators.full import FullModel, existing_layers
+from longsift.calculators.interface import read_config
 from longsift.cutting import load_tokenizer
 from longsift.errors import ModelError, UsageError
 from longsift.methods import Method, build_method, parameters_of
@@ -188,35 +189,52 @@ class Scorer:
         rows: list[Row] = []
         for i, item in enumerate(windows):
             keys: dict[str, Any] = {"doc_id": str(i), "group": groups[i] if groups is not None else "all"}
-            cuts = self._cut(item, window) if isinstance(item, str) else [np.asarray(item, dtype=np.int32)]
-            for index, ids in enumerate(cuts):
-                rows.append(Row({**keys, "window_id": f"{i}:{index}", "n_tokens": len(ids)}, ids, len(ids)))
+            cuts = self._cut(item, window) if isinstance(item, str) else [(0, np.asarray(item, dtype=np.int32))]
+            for index, (start, ids) in enumerate(cuts):
+                own = {"window_id": f"{i}:{index}", "start": start, "n_tokens": len(ids), "ids_hash": ids_hash(ids)}
+                rows.append(Row(keys | own, ids, len(ids)))
         for _ in self._run(self._prepare(rows)):
             pass
         return self._table(rows)
 
-    def select(self, scores: pa.Table, *, keep: float | None = None, budget: int | None = None) -> pa.Table:
+    def select(
+        self,
+        scores: pa.Table,
+        *,
+        keep: float | None = None,
+        budget: int | None = None,
+        overlap: bool = False,
+        dedup: Literal["exact"] | None = None,
+    ) -> pa.Table:
         """Keep the best windows of every group of a table of `score`.
 
         Args:
             keep: share of every group; or
             budget: tokens in all, the same top share of every group.
+            overlap: rank overlapping windows of a text alike. Otherwise, as by default in `longsift select`, the better
+                goes before, and the other is kept only where its group has no windows left that overlap none.
+            dedup: "exact" keeps one of all windows with the same token ids.
 
         Returns:
             The kept rows, best first within their group, with `score` and `rank`.
+
+        Raises:
+            UsageError: not one of `keep` and `budget`, or a value out of range.
+            OutputError: the table lacks a column that is needed.
         """
         from longsift.selection import select_table
 
-        return select_table(scores, self.method.rule(), keep=keep, budget=budget)
+        return select_table(scores, self.method.rule(), keep=keep, budget=budget, overlap=overlap, dedup=dedup)
 
-    def _cut(self, text: str, window: int | None) -> list[npt.NDArray[np.int32]]:
+    def _cut(self, text: str, window: int | None) -> list[tuple[int, npt.NDArray[np.int32]]]:
+        """The windows of a text and where they start in its tokens."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.model, self.revision, self.trust_remote_code)
         tokenizer = self._tokenizer
         ids = tokenizer.encode([text])[0].ids
         room = len(ids) if window is None else window - len(tokenizer.prefix) - len(tokenizer.suffix)
         return [
-            np.concatenate([tokenizer.prefix, ids[start : start + room], tokenizer.suffix])
+            (start, np.concatenate([tokenizer.prefix, ids[start : start + room], tokenizer.suffix]))
             for start in window_starts(len(ids), room)
         ]
 
@@ -502,6 +520,18 @@ def score_identity(
         "rope_theta": options.rope_theta,
         "layers": layers,
     }
+
+
+def check_layers(model: ModelOptions, options: ScoreOptions) -> None:
+    """Refuse layers that the calculator does not have, from its configuration alone.
+
+    Raises:
+        UsageError: `layers` names such a layer.
+        ModelError: the configuration cannot be read.
+    """
+    if (layers := parse_layers(options.layers)) is not None:
+        location = locate(model.model or "embedded", model.revision)
+        existing_layers(layers, read_config(location, trust_remote_code=model.trust_remote_code), location)
 
 
 def _calibrated(method: object) -> Calibrated | None:

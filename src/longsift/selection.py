@@ -504,7 +504,7 @@ def _room(folder: Path) -> Iterator[None]:
             raise  # it is of a file that is read
         raise OutputError(
             f"There is no room to rank the windows in {folder.parent}, beside {_MEMORY} of memory "
-            f"({str(error).splitlines()[0]}). Free about 150 bytes a window on its disk, and run the same command again."
+            f"({str(error).splitlines()[0]}). Free about 150 bytes a window there, and run the same command again."
         ) from error
 
 

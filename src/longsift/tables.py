@@ -52,9 +52,9 @@ SCORE_KEYS = pa.schema(
         pa.field("window_id", pa.string(), nullable=False),
         pa.field("doc_id", pa.string(), nullable=False),
         pa.field("group", pa.string(), nullable=False),
-        pa.field("start", pa.int64()),  # as in WINDOWS; null where windows are scored without a table
+        pa.field("start", pa.int64()),  # as in WINDOWS
         pa.field("n_tokens", pa.int32(), nullable=False),
-        pa.field("ids_hash", pa.binary(16)),  # BLAKE2b of input_ids as little-endian int32; null likewise
+        pa.field("ids_hash", pa.binary(16)),  # BLAKE2b of input_ids as little-endian int32
         pa.field("status", pa.string(), nullable=False),  # "ok" or "failed"; a failed row has null measures
         pa.field("reason", pa.string()),
     ]

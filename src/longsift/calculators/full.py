@@ -108,11 +108,8 @@ class FullModel:
         location = locate(model, revision)
         target = torch.device(device)
         config = read_config(location, trust_remote_code=trust_remote_code, rope_theta=rope_theta)
-        total = int(config.num_hidden_layers)
-        wanted = None if layers is None else tuple(sorted(set(layers)))
-        if wanted is not None and (not wanted or wanted[0] < 0 or wanted[-1] >= total):
-            raise UsageError(f"--layers {list(layers or ())}: {location.name} has the layers 0 to {total - 1}.")
-        config = keep_layers(config, total if wanted is None else wanted[-1] + 1)
+        wanted = None if layers is None else existing_layers(layers, config, location)
+        config = keep_layers(config, config.num_hidden_layers if wanted is None else wanted[-1] + 1)
         # Refuses what cannot be measured before any weights are fetched.
         plan = build_unallocated(config, choose_dtype(config, target, dtype), trust_remote_code=trust_remote_code)
         network = _load_network(location.downloaded(), plan).to(target)
@@ -235,6 +232,18 @@ class FullModel:
             "sliding_windows": list(self._windows.values()),
             "fused": self._fused,
         }
+
+
+def existing_layers(layers: Sequence[int], config: Any, location: Location) -> tuple[int, ...]:
+    """Layers by index, in order and each once.
+
+    Raises:
+        UsageError: none, or one that the model of this configuration does not have.
+    """
+    wanted, total = tuple(sorted(set(layers))), int(config.num_hidden_layers)
+    if not wanted or wanted[0] < 0 or wanted[-1] >= total:
+        raise UsageError(f"--layers {list(layers)}: {location.name} has the layers 0 to {total - 1}.")
+    return wanted
 
 
 def attention_output(seen: Seen) -> torch.Tensor:
