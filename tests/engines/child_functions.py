@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from longsift.engines.children import Link
 from longsift.engines.local import Facts, Shard
 from longsift.errors import ModelError
 from longsift.options import ModelOptions, ScoreOptions
+from longsift.windows import cut_windows
 
 
 def double(link: Link, offset: int) -> None:
@@ -89,3 +91,18 @@ def score(
         (scores / path.name).write_text(f"{text} {device}")
         link.send(Shard(path.stem, {"windows": 1, "failed": 0, "tokens": len(text), "reasons": {}}, len(text)))
     sys.exit(0)
+
+
+def cut(link: Link) -> None:
+    """Cut documents as the processes that cut do; what a text begins with decides what becomes of the process."""
+    tokenizer, length = pickle.loads(link.receive())
+    while True:
+        rows = link.receive()
+        for row in rows:
+            if row.text.startswith("kill"):
+                tries = Path(row.file)
+                with tries.open("a") as file:
+                    file.write("x")
+                if not row.text.startswith("kill once") or tries.read_text() == "x":
+                    os.kill(os.getpid(), signal.SIGKILL)
+        link.send(list(cut_windows(rows, tokenizer, length)))

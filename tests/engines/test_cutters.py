@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,15 +115,54 @@ def test_an_error_of_a_source_comes_after_all_rows_before_it(tokenizer):
             list(second)
 
 
-def test_a_process_that_dies_stops_the_run(tokenizer):
+@pytest.fixture
+def mortal(monkeypatch, tmp_path):
+    """Have processes die at some documents, as `child_functions.cut` says; gives such a document."""
+    monkeypatch.setattr(cutters, "_TARGET", "engines.child_functions:cut")
+
+    def make(number: int, what: str) -> Document:
+        text = f"{what} {document(number, 100).text}"
+        return replace(document(number, 1), text=text, file=str(tmp_path / f"tries-{number}"))
+
+    return make
+
+
+def test_a_process_that_dies_costs_its_documents_one_more_try(mortal, tokenizer, caplog):
+    rows = [mortal(i, "kill once") if i in (3, 20, 21) else document(i, 100) for i in range(60)]
     with Cutters(2, lambda: (tokenizer, LENGTH)) as crew:
-        rows = next(crew.cut_each([(document(i, 100) for i in range(10_000))]))
-        next(rows)
+        cut = [plain(row) for row in next(crew.cut_each([rows]))]
         pids = [cutter.child.pid for cutter in crew._cutters]
-        os.kill(pids[0], signal.SIGKILL)
-        with pytest.raises(ProcessLost, match="killed by SIGKILL"):
-            list(rows)
+    assert cut == [plain(row) for row in cut_windows(rows, tokenizer, LENGTH)]
+    assert [Path(rows[i].file).read_text() for i in (3, 20, 21)] == ["xx"] * 3
+    assert f"killed by SIGKILL) at row 3 of {rows[3].file}" in caplog.text
     assert all(map(gone, pids))
+
+
+def test_documents_that_end_two_processes_end_the_run(mortal, tokenizer):
+    rows = [mortal(i, "kill") if i == 3 else document(i, 100) for i in range(60)]
+    with Cutters(2, lambda: (tokenizer, LENGTH)) as crew:
+        with pytest.raises(ProcessLost, match=rf"\(killed by SIGKILL\) at row 3 of {rows[3].file}"):
+            list(next(crew.cut_each([rows])))
+        pids = [cutter.child.pid for cutter in crew._cutters]
+    assert Path(rows[3].file).read_text() == "xx"
+    assert all(map(gone, pids))
+
+
+def test_processes_that_die_when_they_have_nothing_to_do_are_not_missed(tokenizer):
+    rows = [document(i, 100) for i in range(20)]
+
+    def sources() -> Iterator[list[Document]]:
+        yield rows[:1]
+        for cutter in crew._cutters:
+            if cutter.batches:
+                assert cutter.child.connection.poll(60)  # it has sent what it had to
+            os.kill(cutter.child.pid, signal.SIGKILL)
+            assert gone(cutter.child.pid)
+        yield rows[1:]
+
+    with Cutters(2, lambda: (tokenizer, LENGTH)) as crew:
+        cut = [plain(row) for some in crew.cut_each(sources()) for row in some]
+    assert cut == [plain(row) for row in cut_windows(rows, tokenizer, LENGTH)]
 
 
 @pytest.mark.parametrize("flags", [[], ["--limit", "7"], ["--sample", "9"]], ids=" ".join)

@@ -6,6 +6,7 @@ tokenizer's own threads share a cache. Which process cuts which documents change
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections import deque
@@ -22,12 +23,15 @@ from longsift.engines.children import Child, Failure, Link, stop
 from longsift.errors import ProcessLost
 from longsift.windows import TooShort, Window, WindowTokenizer, cut_windows, is_text, row_batches, weight
 
+log = logging.getLogger(__name__)
+
 Row: TypeAlias = Document | BadRow
 Piece: TypeAlias = Window | TooShort | BadRow
 
 _CHARS = 1 << 20  # of the documents that a process gets at a time: some tenths of a second of work
 _GIANT_CHARS = 1 << 24  # more than this is cut here, where the tokenizer's threads share one document
 _EACH = 2  # batches that a process has at a time: the next is there when it is done with one
+_TARGET = f"{__name__}:cut_in_process"
 _HELD = 4  # batches for each process that may wait for one before them
 
 
@@ -35,6 +39,7 @@ _HELD = 4  # batches for each process that may wait for one before them
 class _Batch:
     rows: list[Row]
     cut: list[Piece] | None = None  # what became of them
+    lost: bool = False  # a process ended at them
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ class Cutters:
             For each source what `cut_windows` gives for its rows, to be used up before the next is asked for.
 
         Raises:
-            ProcessLost: a process ended by itself.
+            ProcessLost: two processes ended by themselves at the same documents.
             Exception: what `sources` raise, when all rows before it were given out.
         """
         batches = self._cut(_batches(sources))
@@ -125,11 +130,16 @@ class Cutters:
         _send(cutter, batch.rows)
 
     def _start(self, tokenizer: WindowTokenizer, length: int) -> None:
+        self._state = pickle.dumps((tokenizer, length))  # once: that of a large vocabulary takes a while
         for _ in range(self._processes):
-            self._cutters.append(_Cutter(Child(f"{__name__}:cut_in_process"), deque()))
-        state = pickle.dumps((tokenizer, length))  # once: that of a large vocabulary takes a while
-        for cutter in self._cutters:
-            _send(cutter, state)
+            self._cutters.append(self._cutter(deque()))
+
+    def _cutter(self, batches: deque[_Batch]) -> _Cutter:
+        cutter = _Cutter(Child(_TARGET), batches)
+        _send(cutter, self._state)
+        for batch in batches:
+            _send(cutter, batch.rows)
+        return cutter
 
     def _hear(self) -> None:
         """Wait until some process has cut a batch."""
@@ -138,13 +148,30 @@ class Cutters:
             try:
                 message = cutter.child.receive()
             except EOFError:
-                raise ProcessLost(
-                    f"A process that cuts windows ended ({cutter.child.how_it_ended()}). Is there memory enough? "
-                    "The same command goes on where it stopped; --cut-workers asks for fewer processes."
-                ) from None
+                self._lose(cutter)
+                continue
             if isinstance(message, Failure):
                 raise message.error
             cutter.batches.popleft().cut = message
+
+    def _lose(self, cutter: _Cutter) -> None:
+        """Have another process cut the batches of one that has ended; not twice those that it ended at."""
+        how = cutter.child.how_it_ended()
+        cutter.child.stop()
+        place = self._cutters.index(cutter)
+        if not cutter.batches:
+            del self._cutters[place]
+            return
+        first = cutter.batches[0]
+        rows = f"row {first.rows[0].row} of {first.rows[0].file} or one of the {len(first.rows)} from there"
+        if first.lost:
+            raise ProcessLost(
+                f"Two processes that cut windows ended ({how}) at {rows}. Is there memory enough? "
+                "The same command goes on where it stopped; --cut-workers asks for fewer processes."
+            )
+        log.warning("a process that cuts windows ended (%s) at %s, which are tried once more", how, rows)
+        first.lost = True
+        self._cutters[place] = self._cutter(cutter.batches)
 
 
 def _send(cutter: _Cutter, message: object) -> None:
