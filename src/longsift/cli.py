@@ -343,6 +343,26 @@ def report(*, out: Folder, as_json: Json = False, verbose: Verbose = 0) -> None:
 
 
 @_command
+def view(
+    *,
+    out: Folder,
+    model: ModelOptions,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. Beyond this machine, whoever reaches it can read the run.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="Open a browser, where this machine has a screen.")
+    ] = True,
+    verbose: Verbose = 0,
+) -> None:
+    """Show the report, a table of all windows and any window under the lens in a browser; needs longsift[view]."""
+    from longsift.view.server import serve
+
+    serve(out, host=host, port=port, model=model, browser=browser)
+
+
+@_command
 def compare(
     *,
     out_a: Annotated[Path, typer.Argument(help="Folder of a scored run, A.", show_default=False)],

@@ -262,6 +262,19 @@ def _choose(folder: RunFolder, identity: dict[str, Any]) -> Choice:
     )
 
 
+def ranking_of(folder: RunFolder) -> Choice:
+    """The choice of a run's selection; of a run that is only scored, one that keeps every window. Close it.
+
+    Raises:
+        OutputError: the folder has no finished scores.
+    """
+    scores = folder.section("scores", incomplete=True)
+    selected = folder.manifest().get("selected", {"status": None})
+    if selected["status"] == "done":
+        return _choose(folder, selected["identity"])
+    return _choose(folder, scores["identity"] | {"keep": 1.0, "budget": None, "mix": None})
+
+
 def parse_mix(text: str | None) -> dict[str, float] | None:
     """Shares such as "arxiv=0.3,book=0.3" by group; None stays None.
 

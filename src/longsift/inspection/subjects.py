@@ -150,7 +150,14 @@ def _rows(source: str, options: ReadOptions) -> Iterator[Document | BadRow]:
         yield from read_documents(file, options)
 
 
-def window_of_run(run: Path | str, window_id: str, tokenizer: WindowTokenizer | None, *, index: int = 0) -> Subject:
+def window_of_run(
+    run: Path | str,
+    window_id: str,
+    tokenizer: WindowTokenizer | None,
+    *,
+    index: int = 0,
+    place: tuple[str, int] | None = None,
+) -> Subject:
     """A window of a finished run.
 
     Args:
@@ -158,6 +165,7 @@ def window_of_run(run: Path | str, window_id: str, tokenizer: WindowTokenizer | 
         window_id: as in the windows table.
         tokenizer: of the calculator, for where the text's tokens begin; None where there is none.
         index: which of several windows of that id, which documents of the same id have.
+        place: its shard and row, where they are known; then no other file is looked into.
 
     Raises:
         OutputError: the run has no finished windows, or none of that id.
@@ -168,10 +176,12 @@ def window_of_run(run: Path | str, window_id: str, tokenizer: WindowTokenizer | 
     folder.check_linked_windows()
     files = [str(path) for path in parquet_files(folder.windows)]
     with duckdb.connect() as database:
+        if place is not None:
+            files = [str(folder.windows / f"{place[0]}.parquet")]
         places = database.execute(
             """SELECT filename, file_row_number FROM read_parquet(?, filename = true, file_row_number = true)
-               WHERE window_id = ? ORDER BY ALL""",
-            [files, window_id],
+               WHERE window_id = ? AND file_row_number = coalesce(?, file_row_number) ORDER BY ALL""",
+            [files, window_id, None if place is None else place[1]],
         ).fetchall()
         if not places:
             closest = database.execute(

@@ -1,0 +1,89 @@
+"""Serve a run on this machine until Ctrl-C."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+import webbrowser
+from pathlib import Path
+
+from longsift.errors import UsageError
+from longsift.options import ModelOptions
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+def serve(
+    out: Path | str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    model: ModelOptions = ModelOptions(),
+    browser: bool = True,
+) -> None:
+    """Serve a run's report, windows and inspector over HTTP until SIGINT or SIGTERM.
+
+    Args:
+        host: address to listen at. Beyond loopback, whoever reaches it can read the run.
+        port: 0 takes a free one.
+        model: calculator to inspect windows with; by default the one that they were scored with.
+        browser: open one, where this machine has a screen.
+
+    Raises:
+        UsageError: the packages of longsift[view] are missing, or the address cannot be taken.
+        OutputError: the folder has no finished scores.
+    """
+    try:
+        import uvicorn
+
+        from longsift.view.app import Viewer, make_app
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        raise UsageError(
+            f"longsift view needs {package}, which is not installed: pip install 'longsift[view]'"
+        ) from error
+    from longsift.view.table import WindowTable
+
+    with _listen(host, port) as listening, WindowTable(out) as table:
+        app = make_app(Viewer(out, table, model), allowed_hosts(host))
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
+        print(f"{table.windows:,} windows of {out}: {address} (Ctrl-C ends it)", flush=True)
+        if browser and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            webbrowser.open(address)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, lifespan="off"
+            )
+        )
+        try:
+            server.run(sockets=[listening])
+        except KeyboardInterrupt:  # the way to end it
+            return
+
+
+def allowed_hosts(host: str) -> tuple[str, ...]:
+    """Names by which a browser may ask for a server at an address."""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if loopback:
+        return LOOPBACK
+    own = socket.gethostname()
+    return (*LOOPBACK, f"[{host}]" if ":" in host else host, own, socket.getfqdn())
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(place)
+        listening.listen()  # who asks before the server runs waits
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"{host}:{port} cannot be listened at ({error}). Choose another --port; 0 takes a free one."
+        ) from error
+    return listening
