@@ -163,6 +163,14 @@ def test_selections_are_timed_and_their_processes_weighed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["selection.json"]
 
 
+def test_the_page_of_a_window_is_timed_and_weighed(tmp_path):
+    result = figures("inspecting", tmp_path / "out.json")["inspect"]
+    assert (result["tokens"], result["passages"]) == (2048, 16)
+    assert result["seconds"] > 0 < result["core_seconds"]
+    assert 0.1 < result["peak_memory_gb"] < 4
+    assert 500_000 < result["page_bytes"] < 3_000_000
+
+
 def test_a_run_tells_which_targets_are_met_missed_and_not_measured():
     gpu = program("gpu")
     kernel = {"layer": "longattn-8b", "measure": "far statistics", "length": 32768, "dtype": "bfloat16"}

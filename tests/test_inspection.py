@@ -364,4 +364,4 @@ def test_layers_that_do_not_fit_are_left_out_evenly(exact):
     shown = page._shown_layers(long)
     assert shown[0] == 0
     assert shown[-1] == 89
-    assert len(shown) * page.triangle(256) <= 800_000
+    assert len(shown) * page.triangle(256) <= 1_100_000
