@@ -335,11 +335,23 @@ def select(
 
 
 @_command
-def report(*, out: Folder, as_json: Json = False, verbose: Verbose = 0) -> None:
+def report(
+    *,
+    out: Folder,
+    map_seconds: Annotated[
+        float,
+        typer.Option(help="Measure dependency maps of the windows on the page for so long, and keep them; 0: none."),
+    ] = 60.0,
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of another run over the same windows, to compare with.")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+) -> None:
     """Write OUT/report.html, one page that shows what was kept and why."""
     from longsift import pipeline
 
-    _print({"report": str(pipeline.report(out))}, as_json)
+    _print({"report": str(pipeline.report(out, map_seconds=map_seconds, against=against))}, as_json)
 
 
 @_command

@@ -337,19 +337,35 @@ def _group_rows(choice: Choice) -> list[dict[str, Any]]:
     ]
 
 
-def report(out: Path | str) -> Path:
+def report(out: Path | str, *, map_seconds: float = 0.0, against: Path | str | None = None) -> Path:
     """Write OUT/report.html for a run that has been selected, and return its path.
 
+    Args:
+        map_seconds: for how long to measure dependency maps of the windows that the page shows; those of earlier
+            reports are kept.
+        against: folder of another run over the same windows, to compare with.
+
     Raises:
-        OutputError: the folder has no finished selection.
+        OutputError: the folder has no finished selection; nothing in `against` to compare with.
+        UsageError: `map_seconds` is below 0.
     """
     from longsift.report import write_report
+
+    if map_seconds < 0:
+        raise UsageError(f"--map-seconds is a time of 0 or more, not {map_seconds:g}.")
 
     folder = RunFolder(out)
     identity = folder.section("selected")["identity"]
     folder.check_linked_windows()
     with _choose(folder, identity) as choice:
-        return write_report(folder.path, folder.manifest(), choice, folder.windows)
+        return write_report(
+            folder.path,
+            folder.manifest(),
+            choice,
+            folder.windows,
+            map_seconds=map_seconds,
+            against=None if against is None else Path(against),
+        )
 
 
 def run(

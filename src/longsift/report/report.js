@@ -1,6 +1,6 @@
 // The report's charts, and its slider: what another share of every group would keep. `report` is what Python gave.
 (() => {
-  const { slider, histogram, figures, speed } = report;
+  const { slider, histogram, figures, speed, ranks } = report;
   const find = (selector, within = document) => within.querySelector(selector);
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 
@@ -144,12 +144,40 @@
     redraw();
   });
 
+  // --- dependency maps ------------------------------------------------------------------------------------
+
+  // Shares are bytes, by their logarithm. The first column, which every text attends to, and the diagonal take no part
+  // in the choice of the range of colours.
+  function paint(canvas) {
+    const bytes = Uint8Array.from(atob(canvas.dataset.map), (character) => character.charCodeAt(0));
+    const side = canvas.width;
+    const inner = [];
+    for (let row = 2; row < side; row++) for (let at = 1; at < row; at++) inner.push(bytes[(row * (row + 1)) / 2 + at]);
+    inner.sort((a, b) => a - b);
+    const low = inner[Math.floor(inner.length * 0.02)] ?? 0;
+    const high = Math.max(inner[Math.floor(inner.length * 0.995)] ?? 0, low + 1);
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    context.fillStyle = charts.colour("--kept");
+    context.fillRect(0, 0, 1, 1);
+    const colour = context.getImageData(0, 0, 1, 1).data.slice(0, 3);
+    const image = context.createImageData(side, side);
+    for (let row = 0, place = 0; row < side; row++)
+      for (let column = 0; column <= row; column++, place++) {
+        const part = Math.min(Math.max((bytes[place] - low) / (high - low), 0), 1);
+        image.data.set([...colour, 255 * (0.05 + 0.95 * part)], 4 * (row * side + column));
+      }
+    context.putImageData(image, 0, 0);
+  }
+
+  charts.onTheme(() => all("[data-map]").forEach(paint));
+
   const wanted = all("[data-histogram]").map((element) => {
     const index = Number(element.dataset.histogram);
     const specification = { ...histogram, description: `${histogram.description}: ${slider.groups[index].name}` };
     return [element, specification, (view) => ((views[index] = view), fill(view, slider.groups[index], current[index]))];
   });
   for (const element of all("[data-figure]")) wanted.push([element, figures[element.dataset.figure]]);
+  if (ranks) wanted.push([find("#ranks"), ranks]);
   if (speed) wanted.push([find("#speed"), speed]);
   charts.drawAll(wanted).then(() => (document.documentElement.dataset.drawn = "yes"));
 })();
