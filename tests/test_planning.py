@@ -44,7 +44,19 @@ def test_of_a_window_that_takes_long_only_the_beginning_is_measured(corpus, mode
     ("token", "pair"), [(1e-4, 0.0), (1e-4, 1e-8), (0.0, 1e-8)], ids=["tokens", "both", "pairs of tokens"]
 )
 def test_the_time_of_a_window_is_what_its_beginnings_tell(model, monkeypatch, token, pair):
-    monkeypatch.setattr(planning, "_seconds", lambda scorer, ids, length: token * length + pair * length**2)
+    monkeypatch.setattr(planning, "_seconds", lambda scorer, ids, length, **_: token * length + pair * length**2)
     scorer = Scorer.from_options(ModelOptions(model=str(model)), LONGATTN)
     plan = planning._scoring(scorer, list(range(1 << 15)), 1 << 20)
     assert plan["seconds_scoring"] == pytest.approx(32 * (token * 2**15 + pair * 2**30))
+
+
+def test_a_dry_run_of_a_thousand_files_reads_a_few_and_measures_two_lengths(model, tmp_path, monkeypatch):
+    text = "def far(n):\n    return n\n" * 600
+    for i in range(1000):
+        (tmp_path / f"{i}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    lengths = []
+    monkeypatch.setattr(planning, "_seconds", lambda scorer, ids, length, **_: lengths.append(length) or 0.3)
+    plan = estimate([str(tmp_path)], ModelOptions(model=str(model)), WindowOptions(window=2048), LONGATTN)
+    assert (plan["sources"], plan["documents"]) == (1000, 1000)
+    assert plan["bytes_looked_at"] * 250 == plan["bytes"]
+    assert lengths == [1024, 2048]

@@ -26,8 +26,8 @@ from longsift.windows import Tally, Window
 
 _SOURCES = 4  # read from, spread over the corpus
 _BYTES = 4 << 20  # read in all: a second or two of cutting
-_TOKENS = 1024  # measured first, and then twice as many as long as it takes
-_SECONDS = 0.5  # less than this
+_TOKENS = 1024  # measured first, then twice as many if it takes
+_SECONDS = 0.5  # less than this; a third length if half of it is more, and so on
 
 
 def estimate(
@@ -122,9 +122,9 @@ def _scoring(scorer: Scorer, input_ids: npt.NDArray[np.int32], tokens: int) -> d
     """The time of scoring `tokens`, from that of one window or of its beginnings."""
     length = min(max(_TOKENS, scorer.method.shortest()), len(input_ids))
     seconds = [_seconds(scorer, input_ids, length)]
-    while length < len(input_ids) and seconds[-1] < _SECONDS:
+    while length < len(input_ids) and seconds[-1] < _SECONDS / len(seconds):
         length = min(2 * length, len(input_ids))
-        seconds.append(_seconds(scorer, input_ids, length))
+        seconds.append(_seconds(scorer, input_ids, length, at_least=1))
     times = len(input_ids) / length
     # A share for each token and one for each pair of them; the latter is what twice as many take beyond twice as long.
     pairs = min(max(0.0, 2 * (seconds[-1] - 2 * seconds[-2])), seconds[-1]) if len(seconds) > 1 else 0.0
@@ -136,11 +136,11 @@ def _scoring(scorer: Scorer, input_ids: npt.NDArray[np.int32], tokens: int) -> d
     }
 
 
-def _seconds(scorer: Scorer, input_ids: npt.NDArray[np.int32], length: int) -> float:
-    """The better of two times: the first one may warm up, and others may use the machine."""
-    times = []
+def _seconds(scorer: Scorer, input_ids: npt.NDArray[np.int32], length: int, at_least: int = 2) -> float:
+    """The better of two times: the first one may warm up, and others may use the machine. One will do if it is long."""
+    times: list[float] = []
     with _no_warnings(length < len(input_ids)):  # of a length that was not asked for
-        for _ in range(2):
+        while len(times) < at_least or (len(times) < 2 and times[0] < _SECONDS / 2):
             started = time.perf_counter()
             scorer.measure(input_ids[:length])
             times.append(time.perf_counter() - started)
