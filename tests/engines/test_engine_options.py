@@ -12,7 +12,9 @@ from test_pipeline import longsift
     ("flags", "message"),
     [
         (["--partition", "main"], "--partition goes with --engine slurm"),
-        (["--gpus-per-task", "0"], "--gpus-per-task goes with --engine slurm"),
+        (["--gpus-per-task", "0"], "--gpus-per-task goes with --engine slurm or ray"),
+        (["--engine", "ray", "--partition", "main"], "--partition goes with --engine slurm"),
+        (["--engine", "slurm", "--partition", "p", "--address", "a:1"], "--address goes with --engine ray"),
         (["--engine", "slurm"], "--engine slurm needs --partition; sinfo lists them"),
         (["--engine", "slurm", "--partition", "p", "--gpus-per-task", "2"], "--gpus-per-task is 0 or 1, not '2'"),
         (["--engine", "slurm", "--partition", "p", "--tasks", "0"], "--tasks is at least 1, not '0'"),

@@ -1,0 +1,63 @@
+"""What is known of a cluster's jobs on a machine that cannot ask the cluster."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from longsift.errors import OutputError
+from longsift.jobs import at_work, check_ended, note_slurm_jobs, tasks_at_work
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def wait_for_task(out):
+    until = time.monotonic() + 30
+    while not tasks_at_work(out):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_nothing_begins_where_a_task_is_at_work(tmp_path):
+    note_slurm_jobs(tmp_path, ["17", "18"])
+    check_ended(tmp_path)
+    with at_work(tmp_path, "one-0", lambda: ["part-3"]):
+        wait_for_task(tmp_path)
+        assert [task["shards"] for task in tasks_at_work(tmp_path)] == [["part-3"]]
+        with pytest.raises(
+            OutputError, match=rf"Slurm jobs 17, 18 work in .* process {os.getpid()} on .*scancel 17 18"
+        ):
+            check_ended(tmp_path)
+    assert not tasks_at_work(tmp_path)
+    check_ended(tmp_path)
+
+
+def test_a_task_that_gives_no_sign_any_more_has_ended(tmp_path):
+    note_slurm_jobs(tmp_path, ["17"])
+    with at_work(tmp_path, "one-0", list):
+        wait_for_task(tmp_path)
+        (sign,) = (tmp_path / "jobs" / "now").glob("*.json")
+        os.utime(sign, (time.time() - 100,) * 2)
+        assert not tasks_at_work(tmp_path)
+        check_ended(tmp_path)
+
+
+def test_a_job_begins_beside_those_that_it_belongs_to(tmp_path, monkeypatch):
+    note_slurm_jobs(tmp_path, ["17", "18"])
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "18")
+    with at_work(tmp_path, "one-0", list):
+        wait_for_task(tmp_path)
+        check_ended(tmp_path)
+
+
+def test_a_folder_in_which_no_job_was_submitted_is_free(tmp_path):
+    with at_work(tmp_path, "one-0", list):  # of Ray, whose tasks end with the process that holds the lock
+        wait_for_task(tmp_path)
+        check_ended(tmp_path)
