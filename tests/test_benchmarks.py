@@ -163,6 +163,16 @@ def test_selections_are_timed_and_their_processes_weighed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["selection.json"]
 
 
+def test_pages_comparisons_and_summaries_of_many_windows_are_timed(tmp_path):
+    result = figures("view", tmp_path / "view.json", "--folder", tmp_path)
+    assert set(result["seconds"]) == {"the groups at the end of scoring", "compare", "view: start"}
+    assert len(result["pages"]) == 11
+    assert all(0 < page["median_ms"] <= page["slowest_ms"] for page in result["pages"])
+    assert [page["found"] for page in result["pages"] if page["page"].startswith("first pages")] == [3000, 3000]
+    assert result["pages"][-1]["found"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["view.json"]
+
+
 def test_the_page_of_a_window_is_timed_and_weighed(tmp_path):
     result = figures("inspecting", tmp_path / "out.json")["inspect"]
     assert (result["tokens"], result["passages"]) == (2048, 16)
