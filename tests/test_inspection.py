@@ -114,6 +114,12 @@ def test_a_first_layer_that_slides_has_no_far_curve(tmp_path):
     assert 0 not in found.layers
 
 
+def test_a_first_layer_that_slides_has_no_map(tmp_path):
+    gemma = FirstLayer.load(str(make_checkpoint(tmp_path / "gemma", "gemma3")))
+    with pytest.raises(ModelError, match="Layer 0 sees only the last 48 of 300 tokens"):
+        dependency_map(gemma, ids_of(300), span=16)
+
+
 def test_a_span_that_does_not_fit_names_one_that_does(exact):
     with pytest.raises(UsageError, match="--span 12 or less"):
         dependency_map(exact, ids_of(200), span=128)

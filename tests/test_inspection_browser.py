@@ -12,6 +12,7 @@ from conftest import library_text
 from longsift.inspection import Inspection, Inspector, dependency_map
 from longsift.inspection.inspector import far_shares, sources
 from longsift.options import InspectOptions, ModelOptions
+from longsift.report.words import plain
 
 HOSTILE = (
     "<script>document.title = 'gone'</script></textarea></script><img src=x onerror=alert(1)>&lt;b&gt; "
@@ -178,12 +179,17 @@ def test_passages_say_how_much_they_draw_from_far_back_and_from_where(browser: B
     watched.check()
 
 
-def test_the_far_curve_is_drawn(browser: Browser, html):
+def test_the_chart_has_the_line_of_the_layer_that_is_chosen(browser: Browser, html):
     watched = browser.open(html)
-    watched.wait("document.querySelectorAll('#curve svg path').length > 2")
+    lines = "[...document.querySelectorAll('#curve .mark-line path')].map(path => path.getAttribute('d'))"
+    watched.wait(f"{lines}.length == 3")
     titles = " ".join(texts(watched, "#curve svg text"))
     assert "position of the token that attends (tokens)" in titles
     assert "far attention (%)" in titles
+    watched.page.evaluate(f"window.before = {lines}.join()")
+    watched.page.select_option("#layer", "2")
+    watched.wait(f"{lines}.join() != window.before")
+    assert len(watched.page.evaluate(lines)) == 3
     watched.check()
 
 
@@ -195,9 +201,7 @@ def test_whatever_a_document_holds_is_shown_as_text(browser: Browser, inspector,
     (tmp_path / "page.html").write_text(inspection.page(), "utf-8")
     watched = browser.open(tmp_path / "page.html", width=390, height=844)
     shown = texts(watched, ".document .words")
-    assert "".join(shown) == inspection.subject.text.replace("\x00", r"\x00").replace("\u202e", r"\u202e").replace(
-        "\u202c", r"\u202c"
-    ).replace("\u200d", r"\u200d" if r"\u200d" in "".join(shown) else "\u200d")
+    assert "".join(shown) == plain(inspection.subject.text)
     point(watched, 20, 3, inspection.map.n_spans)
     assert pair(watched)[0] == shown[-inspection.map.n_spans :][20]
     assert watched.page.title() == "<b>hostile & co.txt · longsift"

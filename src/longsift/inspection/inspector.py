@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import math
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel
@@ -119,7 +121,7 @@ def sources(shares: Shares, passage: int, top: int) -> list[tuple[int, float]]:
 
 
 class Inspector:
-    """A calculator and its tokenizer, loaded once for any number of windows.
+    """A calculator and its tokenizer, loaded once for any number of windows, one at a time.
 
     Raises:
         ModelError: the calculator cannot be loaded.
@@ -128,20 +130,22 @@ class Inspector:
 
     def __init__(self, model: ModelOptions = ModelOptions(), options: InspectOptions = InspectOptions()) -> None:
         self.model, self.options = model, options
+        self.device = resolve_device(options.device)
         self._layers = parse_layers(options.layers)
         loading: dict[str, Any] = {
             "revision": model.revision,
-            "device": resolve_device(options.device),
+            "device": self.device,
             "dtype": resolve_dtype(options.dtype),
             "rope_theta": options.rope_theta,
             "trust_remote_code": model.trust_remote_code,
         }
         name = model.model or "embedded"
         self.calculator: FirstLayer | FullModel
-        if self._layers == (0,):  # of which four tensors are read, whatever the model's size
-            self.calculator = FirstLayer.load(name, **loading)
-        else:
-            self.calculator = FullModel.load(name, layers=self._layers, **loading)
+        with self._on_device():
+            if self._layers == (0,):  # of which four tensors are read, whatever the model's size
+                self.calculator = FirstLayer.load(name, **loading)
+            else:
+                self.calculator = FullModel.load(name, layers=self._layers, **loading)
 
     @classmethod
     def of_run(
@@ -216,15 +220,16 @@ class Inspector:
         calculator = self.calculator.describe()
         layers = (0,) if isinstance(self.calculator, FirstLayer) else self.calculator.global_layers(length)
         n_maps = len(layers) * calculator["heads"]
-        found = dependency_map(
-            self.calculator,
-            subject.input_ids,
-            span=span,
-            layers=layers,
-            heads=layers if n_maps * triangle(length // span) <= HEAD_BYTES else (),
-            denominator=self.options.denominator or "causal",
-            curve=True,
-        )
+        with self._on_device():
+            found = dependency_map(
+                self.calculator,
+                subject.input_ids,
+                span=span,
+                layers=layers,
+                heads=layers if n_maps * triangle(length // span) <= HEAD_BYTES else (),
+                denominator=self.options.denominator or "causal",
+                curve=True,
+            )
         return Inspection(
             subject,
             found,
@@ -232,6 +237,9 @@ class Inspector:
             calculator,
             decoded=subject.text is None or subject.cuts is None,
         )
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
 
 def _as_scored(options: InspectOptions, identity: dict[str, Any]) -> InspectOptions:

@@ -15,15 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from longsift import __version__
-from longsift.inspection.maps import LEVELS, SMALLEST, DependencyMap, FarCurve, quantise
+from longsift.inspection.maps import LEVELS, SMALLEST, DependencyMap, quantise
 from longsift.inspection.subjects import Subject
-from longsift.report.charts import KEPT, SOFT, axis, chart
+from longsift.methods.longattn import far_distance
+from longsift.report.charts import CUT, KEPT, SOFT, axis, chart
 from longsift.report.rendering import render
 from longsift.report.words import number
 
 HEAD_BYTES = 600_000  # of the maps of single heads, before base64; with more of them the page goes without
 _LAYER_BYTES = 1_100_000  # of the maps of layers; with more of them some are left out
 _TICKS = 8  # of an axis of the map, about
+# The lines of the chart
+CHOSEN, FIRST, FLAT = "layer chosen above, by passage", "first layer, by token (LongAttn)", "evenly spread attention"
 
 
 def triangle(spans: int) -> int:
@@ -64,7 +67,8 @@ def render_page(
         before=texts[0],
         passages=list(zip(starts, texts[1:], strict=True)),
         decoded=decoded,
-        curve=found.curve and _curve_chart(found.curve, found.length),
+        curve=_curve_chart(found),
+        distance=far_distance(found.length),
         data={
             "spans": n,
             "span": found.span,
@@ -72,6 +76,8 @@ def render_page(
             "levels": LEVELS,
             "smallest": SMALLEST,
             "maps": dict(_maps(found, shown)),
+            "chosen": CHOSEN,
+            "quarter": math.ceil(far_distance(found.length) / found.span),
         },
         version=__version__,
     )
@@ -131,18 +137,24 @@ def _step(length: int) -> int:
     return int(2 ** round(math.log2(length / _TICKS)))
 
 
-def _curve_chart(curve: FarCurve, length: int) -> dict[str, Any]:
-    flat = [max(position - curve.distance + 1, 0) / (position + 1) for position in curve.positions]
+def _curve_chart(found: DependencyMap) -> dict[str, Any]:
+    """Far mass by position; the page's script adds the line of the map that is chosen, to the data "lines"."""
+    length, distance = found.length, far_distance(found.length)
+    positions = found.curve.positions if found.curve else found.starts() + found.span / 2
+    lines = {FLAT: np.maximum(positions - distance + 1, 0) / (positions + 1)}
+    if found.curve:
+        lines[FIRST] = found.curve.mass
     values = [
         {"position": position, "share": round(100 * share, 3), "of": of}
-        for of, shares in (("this window", curve.mass), ("evenly spread attention", flat))
-        for position, share in zip(curve.positions.tolist(), shares, strict=True)
+        for of, shares in lines.items()
+        for position, share in zip(positions.tolist(), shares.tolist(), strict=True)
     ]
-    kinds = ["this window", "evenly spread attention"]
+    kinds = [CHOSEN, *([FIRST] if found.curve else []), FLAT]
+    colours, dashes = {CHOSEN: KEPT, FIRST: CUT, FLAT: SOFT}, {CHOSEN: [1, 0], FIRST: [1, 0], FLAT: [2, 3]}
     return chart(
-        f"Share of each token's attention to tokens at least {curve.distance:,} back, by its position in the window.",
-        height=220,
-        data={"values": values},
+        f"Share of attention that goes to tokens at least {distance:,} back, by position in the window.",
+        height=240,
+        data={"name": "lines", "values": values},
         mark={"type": "line", "interpolate": "linear"},
         encoding={
             "x": axis(
@@ -156,9 +168,13 @@ def _curve_chart(curve: FarCurve, length: int) -> dict[str, Any]:
                 "field": "of",
                 "type": "nominal",
                 "title": None,
-                "scale": {"domain": kinds, "range": [KEPT, SOFT]},
-                "legend": {"symbolType": "stroke", "symbolStrokeWidth": 2},
+                "scale": {"domain": kinds, "range": [colours[kind] for kind in kinds]},
+                "legend": {"symbolType": "stroke", "symbolStrokeWidth": 2, "labelLimit": 0},
             },
-            "strokeDash": {"field": "of", "type": "nominal", "scale": {"domain": kinds, "range": [[1, 0], [2, 3]]}},
+            "strokeDash": {
+                "field": "of",
+                "type": "nominal",
+                "scale": {"domain": kinds, "range": [dashes[kind] for kind in kinds]},
+            },
         },
     )

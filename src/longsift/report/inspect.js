@@ -43,6 +43,14 @@
     });
   }
 
+  // The same for the map that is chosen; the largest of the layers is that of their sums, not the sum of largest cells.
+  function chosenFarShares(far) {
+    if (layerChoice.value !== "max") return farShares(cells, far);
+    const layers = Object.keys(data.maps).filter((name) => /^\d+$/.test(name));
+    const each = layers.map((name) => farShares(cellsOf(name), far));
+    return starts.map((_, row) => Math.max(...each.map((shares) => shares[row])));
+  }
+
   function percent(share) {
     const value = 100 * share;
     if (value < 0.001) return value ? "under 0.001 %" : "0 %";
@@ -196,12 +204,7 @@
 
   function showText() {
     const far = Number(farChoice.value);
-    drawn = farShares(cells, far);
-    if (layerChoice.value === "max") {
-      const layers = Object.keys(data.maps).filter((name) => /^\d+$/.test(name));
-      const each = layers.map((name) => farShares(cellsOf(name), far));
-      drawn = starts.map((_, row) => Math.max(...each.map((shares) => shares[row])));
-    }
+    drawn = chosenFarShares(far);
     const most = Math.max(...drawn);
     elements.forEach((element, row) => {
       element.style.setProperty("--far", most ? drawn[row] / most : 0);
@@ -283,6 +286,21 @@
     elements[chosen].focus();
   });
 
+  // --- the chart ---
+
+  const curve = JSON.parse($("curve-chart").textContent);
+  let view = null;
+
+  function showCurve() {
+    if (!view) return;
+    const chosen = chosenFarShares(data.quarter).map((share, row) => ({
+      position: starts[row] + span / 2,
+      share: 100 * share,
+      of: data.chosen,
+    }));
+    view.data("lines", [...curve.data.values, ...chosen]).runAsync();
+  }
+
   // --- choices ---
 
   function showMap() {
@@ -293,6 +311,7 @@
     showText();
     showPair();
     showSources();
+    showCurve();
   }
 
   layerChoice.addEventListener("change", showMap);
@@ -309,5 +328,8 @@
   hold([chosen, farther ? farther[0] : 0]);
   $("document").scrollTop = elements[chosen].offsetTop - 60;
   charts.onTheme(paint);
-  if ($("curve")) charts.draw($("curve"), JSON.parse($("curve-chart").textContent));
+  charts.draw($("curve"), structuredClone(curve)).then((made) => {
+    view = made;
+    showCurve();
+  });
 })();
