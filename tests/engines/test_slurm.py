@@ -76,10 +76,6 @@ def test_a_run_through_slurm_writes_the_bytes_of_a_local_one(cluster, corpus, mo
     assert submitted.returncode == 0, submitted.stderr
     told = json.loads(submitted.stdout)
     assert (told["tasks"], told["shards"], len(told["jobs"])) == (2, 2, 2)
-    again = longsift(*command)
-    assert again.returncode == 1
-    assert f"still in Slurm. Wait for them, or end them: scancel {' '.join(told['jobs'])}" in again.stderr
-
     wait_for_jobs(cluster)
     logs = "\n".join(path.read_text("utf-8") for path in Path(told["logs"], "slurm").iterdir())
     folder, local = RunFolder(out), RunFolder(run)
@@ -96,6 +92,27 @@ def test_a_run_through_slurm_writes_the_bytes_of_a_local_one(cluster, corpus, mo
     assert json.loads(later.stdout) == {"jobs": [], "tasks": 0, "shards": 0, "logs": None}, later.stderr
 
 
+def test_nothing_begins_in_a_folder_whose_jobs_are_in_slurm_until_they_are_cancelled(
+    cluster, corpus, model, run, tmp_path
+):
+    out = tmp_path / "out"
+    measure = ["--method", "ladm", "--span", "16", "--d-afs", "1", "--d-cds", "1"]
+    where = ["--engine", "slurm", "--partition", "main", "--gpus-per-task", "0", "--cpus-per-task", "1"]
+    command = ["run", corpus, "-o", out, "--model", model, "--window", "512", *measure]
+    submitted = longsift(*command, *where, "--sbatch", "begin=now+1hour", "--json")
+    assert submitted.returncode == 0, submitted.stderr
+    jobs = json.loads(submitted.stdout)["jobs"]
+    for again in ([*command, *where], command, ["score", out, *measure], ["windows", *command[1:8], "--overwrite"]):
+        refused = longsift(*again)
+        assert refused.returncode == 1, again
+        assert f"for {out} are still in Slurm. Wait for them, or end them: scancel {' '.join(jobs)}" in refused.stderr
+    subprocess.run(["scancel", *jobs], check=True)
+    wait_for_jobs(cluster)
+    assert longsift("score", out, *measure).returncode == 0
+    for path in RunFolder(run).scores.iterdir():
+        assert (out / "scores" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_a_shard_that_cannot_be_read_does_not_stop_the_others(cluster, corpus, ladm, tmp_path):
     out, model = tmp_path / "out", ladm["model"]
     assert longsift("windows", corpus, "-o", out, "--model", model, "--window", "512").returncode == 0
@@ -109,3 +126,15 @@ def test_a_shard_that_cannot_be_read_does_not_stop_the_others(cluster, corpus, l
     assert [path.name for path in folder.scores.iterdir()] == [whole.name]
     assert set(folder.shards_set_aside()) == {damaged.stem}
     assert folder.manifest()["scores"]["status"] == "incomplete"
+
+
+def test_a_machine_without_a_gpu_submits_jobs_that_have_one(cluster, corpus, ladm, tmp_path):
+    out = tmp_path / "out"
+    assert longsift("windows", corpus, "-o", out, "--model", ladm["model"], "--window", "512").returncode == 0
+    where = ["--engine", "slurm", "--partition", "main", "--cpus-per-task", "1"]
+    submitted = longsift("score", out, "--method", "longattn", *where, "--json")
+    assert submitted.returncode == 0, submitted.stderr
+    assert RunFolder(out).manifest()["scores"]["identity"]["device"] == "cuda"
+    wait_for_jobs(cluster)
+    logs = "\n".join(path.read_text("utf-8") for path in Path(json.loads(submitted.stdout)["logs"], "slurm").iterdir())
+    assert "There is no cuda here (0 GPUs seen)" in logs  # Slurm has given out one that is none
