@@ -20,7 +20,9 @@ from longsift.tables import parquet_files
 pytest.importorskip("datatrove", reason="needs longsift[datatrove]")
 pytest.importorskip("ray", reason="needs longsift[ray]")
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+]
 
 MEASURE = ["--method", "ladm", "--span", "16", "--d-afs", "1", "--d-cds", "1"]
 SMALL = ["--window", "512", "--shard-tokens", "512"]
