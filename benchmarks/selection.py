@@ -135,14 +135,14 @@ def select(folder: Path, budget: int, request: dict[str, Any], threads: int | No
         return {
             "seconds": time.perf_counter() - began,
             "core_seconds": sum(os.times()[:2]) - worked,
-            "peak_memory_gb": _peak_memory() / 1e9,
+            "peak_memory_gb": peak_memory() / 1e9,
             "kept": choice.kept,
             "passed_over": choice.passed_over,
             "duplicates": choice.duplicates,
         }
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Bytes of this process's memory at its largest; Linux counts them from the start of the program."""
     status = Path("/proc/self/status")
     if status.exists():

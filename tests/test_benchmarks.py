@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 import xml.etree.ElementTree
 from pathlib import Path
 from types import ModuleType
@@ -171,6 +172,16 @@ def test_pages_comparisons_and_summaries_of_many_windows_are_timed(tmp_path):
     assert [page["found"] for page in result["pages"] if page["page"].startswith("first pages")] == [3000, 3000]
     assert result["pages"][-1]["found"] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["view.json"]
+
+
+def test_a_report_is_timed_weighed_and_opened(tmp_path):
+    result = figures("report", tmp_path / "out.json", "--rows", 2000, "--folder", tmp_path, "--page", tmp_path / "page")
+    assert (result["rows"], result["files"], result["groups"]) == (2000, 4, 32)
+    report = result["report"]
+    assert report["seconds"] > 0 and 0.05 < report["peak_memory_gb"] < 2
+    assert 1_000_000 < report["page_bytes"] == (tmp_path / "page").stat().st_size < 3_000_000
+    if shutil.which("chromium"):
+        assert 0 < report["first_paint_ms"] < report["drawn_ms"]
 
 
 def test_the_page_of_a_window_is_timed_and_weighed(tmp_path):

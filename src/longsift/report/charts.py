@@ -47,7 +47,7 @@ def chart(description: str, *, height: int = 190, **parts: Any) -> dict[str, Any
         parts: the rest of the specification: data, mark, encoding, layer, params, …
     """
     return {
-        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "description": description,
         "width": "container",
         "height": height,

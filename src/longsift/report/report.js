@@ -38,7 +38,7 @@
     let [step, last, windows, total] = [0, -1, 0, 0];
     for (let i = 0; i < group.step.length && (step += group.step[i]) <= at; i++) {
       windows += group.windows[i];
-      total += group.tokens[i];
+      total += group.tokens[i] ?? group.windows[i] * group.tokens;
       last = i;
     }
     return { windows, tokens: total, cut: group.cut.length && last >= 0 ? group.cut[last] : null };

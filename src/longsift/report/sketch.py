@@ -19,8 +19,9 @@ def slider(choice: Choice, shown: Sequence[GroupChoice], histograms: Mapping[str
     """The slider's data, as plain values.
 
     Its `groups` are `shown` and, where there are more, all others as one, whose name is None. Each has `step`,
-    `windows`, `tokens` and `cut` (`longsift.distributions.Sketch`), all windows and tokens of the group as `of`, and
-    for a chart the counts of its bins, `front` and, of windows that stand behind, `behind`.
+    `windows`, `tokens` and `cut` (`longsift.distributions.Sketch`; steps as differences, and one number for `tokens`
+    where all windows have as many), all windows and tokens of the group as `of`, and for a chart the counts of its
+    bins, `front` and, of windows that stand behind, `behind`.
     """
     sketches = choice.sketches([group.group for group in shown], STEPS)
     totals: dict[str | None, tuple[int, int]] = {group.group: (group.windows, group.tokens) for group in shown}
@@ -59,10 +60,13 @@ def position(choice: Choice) -> int:
 
 
 def _entries(sketch: Sketch) -> dict[str, Any]:
+    steps = [step - before for before, step in zip((0, *sketch.steps), sketch.steps, strict=False)]
+    each = sketch.tokens[0] // sketch.windows[0] if sketch.steps else 0
+    alike = all(tokens == each * windows for tokens, windows in zip(sketch.tokens, sketch.windows, strict=True))
     return {
-        "step": [step - before for before, step in zip((0, *sketch.steps), sketch.steps, strict=False)],
+        "step": steps,
         "windows": sketch.windows,
-        "tokens": sketch.tokens,
+        "tokens": each if alike else sketch.tokens,
         "cut": [float(f"{cut:.6g}") for cut in sketch.cuts],
     }
 
