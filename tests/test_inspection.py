@@ -33,7 +33,7 @@ from longsift.inspection import (
 )
 from longsift.inspection.inspector import default_span
 from longsift.inspection.maps import dependency_map, dequantise, pooled, quantise
-from longsift.inspection.subjects import passages
+from longsift.inspection.subjects import passages, read_subject
 from longsift.methods.ladm import Ladm
 from longsift.methods.longattn import LongAttn
 from longsift.options import InspectOptions, ModelOptions
@@ -211,6 +211,8 @@ def test_ids_without_text_are_decoded_or_shown_as_ids(inspector, tmp_path):
     assert "".join(inspection.texts) == library_text("typing.py")[:3000]
     starts = inspection.map.starts()
     assert passages(inspection.subject, starts, None)[-1] == " ".join(map(str, ids[-32:]))
+    with pytest.raises(UsageError, match="which are one window"):
+        read_subject(str(tmp_path / "ids.jsonl"), None, 512, index=1)
 
 
 def test_a_window_of_a_run_has_its_text_and_scores_and_is_looked_at_as_it_was_scored(finished):

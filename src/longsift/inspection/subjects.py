@@ -70,6 +70,8 @@ def read_subject(
     found = _read(source, document, ReadOptions(text_key=text_key, id_key=id_key))
     facts = {"File": found.file}
     if found.input_ids is not None:
+        if index:
+            raise UsageError(f"--index {index}: {found.doc_id} is given as token ids, which are one window.")
         return Subject(found.doc_id, found.input_ids, found.text, facts=facts)
     if tokenizer is None:
         raise UsageError(f"The text of {source} needs a tokenizer: give a --model that has one.")
