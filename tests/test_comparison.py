@@ -16,6 +16,7 @@ from browser import Browser
 from longsift.comparison import CURVE, Comparison, compare_runs, parse_shares, summary
 from longsift.errors import OutputError, UsageError
 from longsift.report.compare import write_comparison
+from longsift.shards import RunFolder
 from made_tables import Row, write_tables
 from test_pipeline import as_json, longsift
 
@@ -190,6 +191,8 @@ def test_two_methods_are_compared_by_the_command_line(corpus, model, tmp_path):
     assert "by chance" in printed
     assert (tmp_path / "page.html").stat().st_size < 3 << 20
     assert (b / "compare.html").exists()
+    RunFolder(b).clear("scores")  # as `score --overwrite` does
+    assert not (b / "compare.html").exists()
     assert "'longsift score' first" in longsift("compare", a, tmp_path, code=1)
 
 

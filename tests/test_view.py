@@ -306,9 +306,10 @@ def test_a_group_is_shown_alone_whatever_its_name(site, run):
     ],
 )
 def test_what_cannot_be_asked_is_said_in_a_line(site, query):
-    answer = site.get(f"/windows?{quote(query, safe='=')}")
-    assert answer.status == 400
-    assert "That did not work" in answer.text
+    for page in ("/windows", "/window/00000-00000/0"):
+        answer = site.get(f"{page}?{quote(query, safe='=')}")
+        assert answer.status == 400
+        assert "That did not work" in answer.text
 
 
 def test_foreign_text_is_text(site):

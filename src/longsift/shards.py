@@ -26,7 +26,7 @@ Stage = Literal["windows", "scores", "selected"]
 _STAGES: tuple[Stage, ...] = ("windows", "scores", "selected")
 _OUTPUTS: dict[Stage, tuple[str, ...]] = {
     "windows": ("windows", "quarantine", "shards/windows", "shards/begun"),
-    "scores": ("scores", "shards/scores", "shards/set-aside", "shards/now.json", "maps"),
+    "scores": ("scores", "shards/scores", "shards/set-aside", "shards/now.json", "maps", "compare.html"),
     "selected": ("selected", "report.html"),
 }
 _NAMED = 5  # shards that a message names

@@ -74,11 +74,7 @@ class Viewer:
 
     def windows(self, request: Request) -> Response:
         """A page of the table."""
-        try:
-            query = Query.parse(request.query_params)
-        except UsageError as error:
-            raise HTTPException(400, str(error)) from error
-        table = self._table
+        query, table = _query(request), self._table
         return HTMLResponse(
             render(
                 "windows.html.jinja",
@@ -94,7 +90,7 @@ class Viewer:
 
     def window(self, request: Request) -> Response:
         """One window under the lens."""
-        query = Query.parse(request.query_params)
+        query = _query(request)
         window = self._table.find(request.path_params["shard"], min(request.path_params["row"], 2**62))
         if window is None:
             raise HTTPException(404, "There is no such window in this run.")
@@ -161,6 +157,13 @@ class _Guard:
             await answer(scope, receive, guarded)
             return
         await self._app(scope, receive, guarded)
+
+
+def _query(request: Request) -> Query:
+    try:
+        return Query.parse(request.query_params)
+    except UsageError as error:
+        raise HTTPException(400, str(error)) from error
 
 
 def _no_icon(request: Request) -> Response:

@@ -54,7 +54,13 @@ def serve(
             webbrowser.open(address)
         server = uvicorn.Server(
             uvicorn.Config(
-                app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, lifespan="off"
+                app,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                lifespan="off",
+                ws="none",
             )
         )
         try:
