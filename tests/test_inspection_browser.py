@@ -179,6 +179,18 @@ def test_passages_say_how_much_they_draw_from_far_back_and_from_where(browser: B
     watched.check()
 
 
+def test_on_a_narrow_screen_the_sources_follow_the_passage_that_is_chosen(browser: Browser, html):
+    watched = browser.open(html, width=390, height=844)
+    after = "document.querySelector('.sources').previousElementSibling?.id"
+    assert watched.page.evaluate(after) == "document"
+    watched.page.click("#p30 .words")
+    assert watched.page.evaluate(after) == "p30"
+    watched.page.keyboard.press("ArrowUp")
+    assert watched.page.evaluate(after) == "p29"
+    assert watched.page.text_content("#chosen") == "Passage 29 draws on"
+    watched.check()
+
+
 def test_the_chart_has_the_line_of_the_layer_that_is_chosen(browser: Browser, html):
     watched = browser.open(html)
     lines = "[...document.querySelectorAll('#curve .mark-line path')].map(path => path.getAttribute('d'))"

@@ -199,6 +199,7 @@
 
   // --- the text ---
 
+  const narrow = matchMedia("(max-width: 860px)"); // as in the style
   let chosen = 0;
   let drawn; // far share by passage
 
@@ -272,17 +273,25 @@
     );
   }
 
+  // Where there is no room beside the text, the list goes below the passage that a reader chooses.
+  function chooseHere(passage) {
+    const list = document.querySelector(".sources");
+    choose(passage);
+    if (narrow.matches) elements[chosen].after(list);
+    else document.querySelector(".reading").append(list);
+  }
+
   $("document").addEventListener("click", (event) => {
     const passage = event.target.closest("[data-passage]");
     if (!passage) return;
-    choose(Number(passage.dataset.passage));
+    chooseHere(Number(passage.dataset.passage));
     passage.focus({ preventScroll: true });
   });
   $("document").addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (!step) return;
+    if (!step || !event.target.closest("[data-passage]")) return;
     event.preventDefault();
-    choose(Math.min(Math.max(chosen + step, 0), spans - 1));
+    chooseHere(Math.min(Math.max(chosen + step, 0), spans - 1));
     elements[chosen].focus();
   });
 
