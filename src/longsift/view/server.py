@@ -61,6 +61,7 @@ def serve(
                 proxy_headers=False,
                 lifespan="off",
                 ws="none",
+                timeout_graceful_shutdown=2,  # a window that is being measured is not waited for
             )
         )
         try:
