@@ -84,17 +84,12 @@ class DependencyMap:
         """Where each span begins, (J,), in tokens of the window."""
         return self.length % self.span + self.span * np.arange(self.n_spans, dtype=np.int64)
 
-    def coarse(self, cells: int = 64) -> npt.NDArray[np.uint8]:
-        """A small picture of the mean over layers: at most `cells` × `cells` bytes, as `quantise` makes them.
-
-        A cell is the share that a token of some neighbouring query spans gives to as many neighbouring key spans; the
-        first row and column may stand for fewer.
-        """
-        return quantise(pooled(self.mean(), -(-self.n_spans // cells)))
-
 
 def pooled(shares: npt.NDArray[np.float32], spans: int) -> npt.NDArray[np.float32]:
-    """A map of (J, J) as one between `spans` spans together, aligned to the end: mean of queries, sum of keys."""
+    """A map of (J, J) as one between `spans` spans together: the mean over queries of the sum over keys.
+
+    Cells are aligned to the end, so that the first row and column may stand for fewer spans.
+    """
     lead = -shares.shape[0] % spans
     cells = (shares.shape[0] + lead) // spans
     padded = np.pad(shares, ((lead, 0), (lead, 0)))
@@ -106,17 +101,14 @@ def pooled(shares: npt.NDArray[np.float32], spans: int) -> npt.NDArray[np.float3
 
 
 def quantise(shares: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Shares from 0 to 1 as bytes: 1 to 255 are `SMALLEST` to 1 in equal steps of the logarithm; 0 is less."""
+    """Shares from 0 to 1 as bytes: 1 to 255 are `SMALLEST` to 1 in equal steps of the logarithm; 0 is less.
+
+    So level n stands for `SMALLEST ** (1 - (n - 1) / (LEVELS - 1))`, within 2.3 %.
+    """
     with np.errstate(divide="ignore"):
         level = 1 + (LEVELS - 1) * (1 - np.log(shares) / math.log(SMALLEST))
     rounded: npt.NDArray[np.uint8] = np.where(shares < SMALLEST, 0, np.clip(level.round(), 1, LEVELS)).astype(np.uint8)
     return rounded
-
-
-def dequantise(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """The shares that `quantise` had, to 2.3 %; 0 where they were below `SMALLEST`."""
-    shares = SMALLEST ** (1 - (levels.astype(np.float32) - 1) / (LEVELS - 1))
-    return np.where(levels == 0, 0, shares).astype(np.float32)
 
 
 def dependency_map(
