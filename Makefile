@@ -25,7 +25,8 @@ demo: setup
 	$(BIN)/longsift run demo/corpus.jsonl.zst -o demo/calibrated --window 4096 --sample 40 --keep 0.25 --overwrite
 	$(BIN)/longsift score demo/calibrated -o demo/ladm --method ladm --overwrite
 	$(BIN)/longsift select demo/ladm --keep 0.25
-	$(BIN)/longsift report demo/ladm
+	$(BIN)/longsift report demo/ladm --map-seconds 0
+	$(BIN)/longsift report demo/calibrated --map-seconds 15 --against demo/ladm
 	@echo "Look at demo/calibrated/report.html and demo/ladm/report.html; the selected windows are in demo/*/selected."
 
 test: setup
@@ -55,7 +56,8 @@ bench-gpu:
 # The picture at the top of the README; needs Chromium.
 screenshot: demo
 	chromium --headless --no-sandbox --disable-gpu --disable-background-networking --hide-scrollbars \
-		--window-size=1200,1230 --screenshot=docs/demo-report.png file://$(CURDIR)/demo/calibrated/report.html
+		--force-device-scale-factor=2 --virtual-time-budget=20000 --window-size=1200,1150 \
+		--screenshot=docs/demo-report.png file://$(CURDIR)/demo/calibrated/report.html
 
 clean:
 	rm -rf .venv demo

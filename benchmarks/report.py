@@ -81,6 +81,7 @@ def write_run(out: Path, rows: int, files: int) -> None:
     measures = [pa.field("dependency_strength", pa.float64()), pa.field("variance", pa.float64())]
     weights = 1 / np.arange(1, GROUPS + 1)
     counts = [rows // files + (number < rows % files) for number in range(files)]
+    lost = 0
     for number, n in enumerate(counts):
         shard = f"{number:05d}-00000"
         drawn = draw.integers(0, _SHAPES, n)
@@ -119,13 +120,14 @@ def write_run(out: Path, rows: int, files: int) -> None:
         ):
             with publish(out / name / f"{shard}.parquet") as path:
                 pq.write_table(pa.table(columns, schema=schema), path, compression="zstd", row_group_size=1024)
+        lost += int(failed.sum())
         record = {"windows": n, "failed": int(failed.sum()), "tokens": n * LENGTH, "seconds": float(1 + draw.random())}
         with publish(out / "shards" / "scores" / f"{shard}.json") as path:
             path.write_text(json.dumps(record | {"devices": 1, "reasons": {}}))
-    (out / "manifest.json").write_text(json.dumps(_manifest(rows, files)))
+    (out / "manifest.json").write_text(json.dumps(_manifest(rows, files, lost)))
 
 
-def _manifest(rows: int, files: int) -> dict[str, Any]:
+def _manifest(rows: int, files: int, failed: int) -> dict[str, Any]:
     inputs = [[f"corpus/part-{i:05d}.jsonl.zst", 1_000_000_000] for i in range(files)]
     identity = {"method": "longattn", "parameters": {"alpha": 0.5, "normalize": "zscore"}}
     counts = {"documents": rows, "bad_rows": 0, "too_short": 0, "too_short_tokens": 0}
@@ -145,9 +147,9 @@ def _manifest(rows: int, files: int) -> dict[str, Any]:
             "finished": 2.0,
             "identity": identity,
             "calculator": {"model": "made", "revision": None, "device": "cuda:0", "dtype": "bfloat16"},
-            "counts": {"windows": rows, "failed": 0, "tokens": rows * LENGTH, "seconds": 600.0},
+            "counts": {"windows": rows, "failed": failed, "tokens": rows * LENGTH, "seconds": 600.0},
             "device_seconds": 600.0,
-            "reasons": {"out of memory": 1},
+            "reasons": {"out of memory": failed} if failed else {},
         },
         "selected": {
             "status": "done",

@@ -118,7 +118,7 @@ def test_the_slider_shows_what_select_keeps_at_the_same_share(browser: Browser, 
     watched.wait(DRAWN)
     selected = watched.page.evaluate(CELLS)
     charts = watched.page.evaluate("[...document.querySelectorAll('figure h3')].map((title) => title.innerText)")
-    for position in (1, 37, 125, 500, 999, 1000):
+    for position in (1, 125, 333, 1000):
         move(watched, position)
         result = select(run, position / 1000, overlap=overlap)
         shown = dict(watched.page.evaluate(CELLS))
@@ -154,7 +154,7 @@ def test_the_slider_shows_what_select_keeps_at_the_same_share(browser: Browser, 
             "--keep",
             f"{position / 1000:g}",
         ]
-        watched.page.wait_for_timeout(300)
+        watched.page.wait_for_timeout(200)
         assert kept_bars(watched, charts.index("many")) == groups["many"]["kept"]
     watched.page.click("#reset")
     assert watched.page.evaluate(CELLS) == selected

@@ -26,7 +26,7 @@ def theme() -> dict[str, Any]:
         "view": {"stroke": None},
         "axis": text
         | {"domainColor": LINE, "tickColor": LINE, "gridColor": LINE, "gridDash": [1, 3], "labelFlush": True},
-        "axisX": {"grid": False, "titlePadding": 6, "tickSize": 4},
+        "axisX": {"grid": False, "titlePadding": 6, "tickSize": 4, "labelSeparation": 6},
         "axisY": {"domain": False, "ticks": False, "tickCount": 4, "titlePadding": 8},
         "legend": text | {"orient": "top", "symbolType": "square", "symbolStrokeWidth": 0, "offset": 6},
         "bar": {"color": REST},
@@ -82,7 +82,7 @@ def histogram(
     """
     scale = {"zero": False, "nice": False} | ({} if domain is None else {"domain": domain})
     ticks = {"tickCount": 6, "format": _format([bar["x2"] for bar in bars])}
-    edges = {"x": axis("x", x, bin={"binned": True}, scale=scale, axis=ticks), "x2": {"field": "x2"}}
+    edges = {"x": axis("x", wrap(x, 40), bin={"binned": True}, scale=scale, axis=ticks), "x2": {"field": "x2"}}
     counted = {"labelExpr": _COUNT, "tickMinStep": 1}
     tooltip = [
         {"field": "n", "title": count, "format": ","},
@@ -131,7 +131,7 @@ def heat_map(
         data={"values": list(cells)},
         mark={"type": "rect", "tooltip": True},
         encoding={
-            "x": axis("x", x, scale=scale | ({"type": "log"} if log_x else {}), axis=ticks),
+            "x": axis("x", wrap(x, 40), scale=scale | ({"type": "log"} if log_x else {}), axis=ticks),
             "x2": {"field": "x2"},
             "y": axis("y", wrap(y, 28), scale=scale, axis={"format": _format([cell["y2"] for cell in cells])}),
             "y2": {"field": "y2"},
