@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import fsspec
@@ -238,7 +239,7 @@ def _find_cuts(text: str, ids: npt.NDArray[np.int32], tokenizer: WindowTokenizer
     return _cuts(encoded.offsets[:, 0], tokenizer, len(text))
 
 
-def _cuts(starts: npt.NDArray[np.int64], tokenizer: WindowTokenizer, end: int) -> npt.NDArray[np.int64]:
+def _cuts(starts: npt.NDArray[np.signedinteger[Any]], tokenizer: WindowTokenizer, end: int) -> npt.NDArray[np.int64]:
     """Where each token begins, special ones included; ascending, though two tokens may share a character."""
     cuts = np.concatenate([np.zeros_like(tokenizer.prefix), starts, np.full_like(tokenizer.suffix, end)])
     ascending: npt.NDArray[np.int64] = np.maximum.accumulate(cuts.astype(np.int64))
