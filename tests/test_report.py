@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from longsift.errors import OutputError
 from longsift.report import write_report
+from longsift.report.content import command
 from longsift.selection import ScoreRule, choose
 from longsift.tables import QUARANTINE
 from made_tables import LONGATTN, STRENGTH, Row, write_tables
@@ -203,6 +205,49 @@ def test_quarantined_rows_are_shown_by_reason_commonest_first(tmp_path: Path) ->
         "5 quarantined: not JSON a.jsonl , row 0 <b>\\xff a.jsonl , row 1 <b>\\xff a.jsonl , row 2 <b>\\xff "
         "1 quarantined: cut off c.parquet 1 quarantined: no text b.jsonl , row 7 {}"
     ) in text
+
+
+def test_a_page_of_large_texts_and_names_and_many_groups_stays_below_3_mb(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    rows = [
+        Row(
+            f"{i % 900:03d} 語" + "x" * (100_000 if i == 0 else 0),
+            strength=draw.random(),
+            window_id=f"{i}:0",
+            n_tokens=draw.randrange(100, 40_000),
+            text="\x00" * 3000 if i % 2 else '"語&<' * 500,
+        )
+        for i in range(900)
+    ]
+    rows += [
+        Row(
+            f"{i % 24:03d} 語",
+            draw.random(),
+            window_id=f"m{i}:0",
+            n_tokens=draw.randrange(100, 40_000),
+            text="\x00" * 3000,
+        )
+        for i in range(24 * 1100)
+    ]
+    write_tables(tmp_path, [rows])
+    html = page(tmp_path)
+    parsed = _Page(html)
+    assert html.count("data-histogram=") == 24
+    assert len(parsed.values()["slider"]["groups"][1]["step"]) > 900
+    maps = 10 * 24 * 1600  # bytes at most, which no window of this page has
+    assert len(html.encode()) < 3_000_000 - maps
+    assert "characters …" in parsed.text
+
+
+def test_the_command_of_the_slider_selects_as_this_selection_did(tmp_path: Path) -> None:
+    made = manifest(1)
+    made["scores"]["identity"] = {"method": "longattn", "parameters": {"alpha": 0.5, "normalize": "zscore"}}
+    made["selected"]["identity"] = {
+        "parameters": {"alpha": 0.7, "normalize": "zscore"},
+        "overlap": False,
+        "dedup": "exact",
+    }
+    assert command(Path("my run"), made) == "longsift select 'my run' --dedup exact --alpha 0.7"
 
 
 def test_many_groups_are_all_in_the_table_and_the_largest_have_a_chart(tmp_path: Path) -> None:

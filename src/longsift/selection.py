@@ -119,6 +119,7 @@ class Choice:
     groups: tuple[GroupChoice, ...]
     quotas: tuple[Quota, ...]
     _ends: tuple[int, ...] = field(repr=False)  # place after the last row of each shard
+    _placed: bool = field(repr=False)  # all score files say where a window starts
     _database: Any = field(repr=False)
     _folder: Path = field(repr=False)
     _lock: IO[str] = field(repr=False)
@@ -227,7 +228,7 @@ class Choice:
         return [self.scores / f"{shard}.parquet" for shard in self.shards]
 
     def _extents(self) -> bool:
-        if not all("start" in pq.read_schema(path).names for path in self._files):
+        if not self._placed:
             return False
         distributions.load_extents(self._database, self._files)
         return True
@@ -383,6 +384,7 @@ def choose(
             groups=_groups(database, names),
             quotas=quotas,
             _ends=tuple(accumulate(rows)),
+            _placed="start" in columns,
             _database=database,
             _folder=folder,
             _lock=lock,

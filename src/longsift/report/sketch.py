@@ -10,6 +10,7 @@ from typing import Any
 
 from longsift.distributions import Histogram, Sketch
 from longsift.ranking import exact
+from longsift.report.words import brief, plain
 from longsift.selection import Choice, GroupChoice
 
 STEPS = 1000
@@ -37,7 +38,12 @@ def slider(choice: Choice, shown: Sequence[GroupChoice], histograms: Mapping[str
         "high": None if first is None else first.high,
         "selected": _selected(choice, shown)[: len(sketches)],
         "groups": [
-            {"name": name, "of": totals[name], **_entries(sketch), **_bins(histograms.get(name or ""), name)}
+            {
+                "name": None if name is None else brief(plain(name)),
+                "of": totals[name],
+                **_entries(sketch),
+                **_bins(histograms.get(name or ""), name),
+            }
             for name, sketch in sketches.items()
         ],
     }
