@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,18 @@ def test_the_longest_document_that_is_not_set_aside_is_cut_in_bounded_memory(tmp
     path.write_bytes(row(text * (31 * (1 << 20) // len(json.dumps(text)))))
     peak = peak_of_command("windows", path, "-o", tmp_path / "out", "--window", 4096, "-q")
     print(f"{path.stat().st_size:,} bytes: {peak} MB")
+    assert peak <= MOST
+    assert len(table(tmp_path / "out" / "windows")) > 1000
+
+
+def test_the_longest_document_without_a_space_or_a_line_break_is_cut_in_bounded_memory(tmp_path: Path) -> None:
+    signs = [chr(sign) for sign in range(0x4E00, 0x9FA5)]
+    random.Random(0).shuffle(signs)
+    path = tmp_path / "rows.jsonl"
+    text = "".join(signs) * (31 * (1 << 20) // (3 * len(signs)))
+    path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", "utf-8")
+    peak = peak_of_command("windows", path, "-o", tmp_path / "out", "--window", 4096, "-q")
+    print(f"{len(text):,} Chinese characters: {peak} MB")
     assert peak <= MOST
     assert len(table(tmp_path / "out" / "windows")) > 1000
 

@@ -238,11 +238,43 @@ def test_a_text_stays_whole_for_a_tokenizer_that_marks_every_start() -> None:
     assert spans(WindowTokenizer(fresh("Llama-2 normalizer")), text) == [(0, len(text))]
 
 
-def test_a_stretch_without_words_stays_whole() -> None:
-    text = "=+" * 2000 + made_text(0, 400)
-    parts = spans(WindowTokenizer(fresh("GPT-2 regex")), text)
-    assert parts[0][1] > 4000
-    assert len(parts) > 2
+# Texts in which neither a line nor a word begins where parts might, and which pre-tokenizers see as one word or many.
+RUNS = [
+    *("x", "=+", " ", "\t ", "1", "1a2", "\n", "\r\n", "ab", "aab", "the", "\u3002", "\U0001f600"),
+    "".join(map(chr, range(0x4E00, 0x4E80))),
+    "31415926535897932384626433832795028841971693993751",
+    "{a:[1,2],b=(c)};",
+]
+
+
+@pytest.mark.parametrize("name", ["GPT-2 regex", "Llama-3 regex"])
+@pytest.mark.parametrize("run", RUNS, ids=ascii)
+def test_a_stretch_in_which_no_word_begins_is_parted_between_tokens(run: str, name: str) -> None:
+    text = run * (3000 // len(run))
+    tokenizer = WindowTokenizer(fresh(name))
+    assert max(end - start for start, end in spans(tokenizer, text)) <= 600
+    assert tokenizer.encode([text])[0].ids.tolist() == whole(fresh(name), text)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(RUNS) | st.text("0123456789 \nab", min_size=1, max_size=40), st.integers(1, 300))
+    )
+)
+@settings(max_examples=25, deadline=None)
+def test_any_stretches_have_the_tokens_of_the_whole(name: str, runs: list[tuple[str, int]]) -> None:
+    text = "".join(run * (1 + times // len(run)) for run, times in runs)
+    backend = fresh(name)
+    [encoded] = WindowTokenizer(fresh(name)).encode([text])
+    expected = backend.encode(text, add_special_tokens=False)
+    assert encoded.ids.tolist() == expected.ids
+
+
+def test_a_tokenizer_without_byte_pairs_keeps_a_stretch_whole() -> None:
+    backend = Tokenizer(models.WordLevel({"=": 0, "<unk>": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("=+"), "isolated")
+    assert spans(WindowTokenizer(backend), "=" * 5000) == [(0, 5000)]
 
 
 def test_many_texts_keep_their_order(backend: Tokenizer) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from tokenizers.models import BPE
 
 from longsift.documents import BadRow, Document, excerpt
 from longsift.errors import ModelError, UsageError
@@ -28,8 +29,8 @@ from longsift.tables import WINDOWS
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Characters tokenised in one call: enough for every core; their encodings take some hundred MB.
-_BATCH_CHARS = 4 << 20
+# ASCII characters tokenised in one call: enough for every core; their encodings take some hundred MB.
+_BATCH_CHARS = 2 << 20
 # Longer texts are tokenised in parts, so that one book uses every core and bounded memory.
 # Short ones stay in a core's cache: parts of 2¹⁸ characters take nearly twice the time of parts of 2¹⁴ or 2¹⁵.
 _PART_CHARS = 1 << 15
@@ -79,11 +80,11 @@ class Encoded:
 
     Attributes:
         ids: (n,) int32.
-        offsets: (n, 2) int64, first character and end of each token; two tokens may share a character.
+        offsets: (n, 2) int32, first character and end of each token; two tokens may share a character.
     """
 
     ids: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int32]
 
 
 class WindowTokenizer:
@@ -105,6 +106,12 @@ class WindowTokenizer:
         # It would add the special tokens to each part of a text, and trim white space off the offsets.
         backend.post_processor = None
         self._backend = backend
+        model = backend.model
+        self._merges = (
+            isinstance(model, BPE)
+            and backend.normalizer is None
+            and not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix)
+        )
 
     @classmethod
     def load(cls, model: str, revision: str | None = None, trust_remote_code: bool = False) -> WindowTokenizer:
@@ -154,12 +161,13 @@ class WindowTokenizer:
         """Tokenise texts, each as if alone and in one piece.
 
         Long texts are tokenised in parts. Each cut between two parts is checked: the tokens of the text
-        around it must be those of its two sides; where no cut holds, the text stays whole. The tokenizers
-        library runs parts and texts on all cores (`TOKENIZERS_PARALLELISM`).
+        around it must be those of its two sides. Where neither lines nor words begin, the cut is between two tokens of
+        byte-pair encoding; where no cut holds, the text stays whole. The tokenizers library runs parts and texts on all
+        cores (`TOKENIZERS_PARALLELISM`).
         """
         collected: list[list[Encoded]] = [[] for _ in texts]
         parts = ((index, *span) for index, text in enumerate(texts) for span in self._spans(text))
-        for batch in _batches(parts, lambda part: part[2] - part[1], _BATCH_CHARS):
+        for batch in _batches(parts, lambda part: _cost(texts[part[0]], part[2] - part[1]), _BATCH_CHARS):
             encodings = self._encode([texts[index][start:end] for index, start, end in batch])
             for (index, start, _), part in zip(batch, encodings, strict=True):
                 collected[index].append(Encoded(part.ids, part.offsets + start))
@@ -177,7 +185,7 @@ class WindowTokenizer:
             Encoded(
                 np.array(encoding.ids, dtype=np.int32),
                 # Faster than np.array on a list of pairs.
-                np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64).reshape(-1, 2),
+                np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int32).reshape(-1, 2),
             )
             for encoding in self._backend.encode_batch(texts, add_special_tokens=False)
         ]
@@ -198,6 +206,8 @@ class WindowTokenizer:
             for match in islice(places, _TRIES):
                 if self._parts_cleanly(text, match.end()):
                     return match.end()
+            if self._merges and (place := self._cut_between_tokens(text, start, length)):
+                return place
             length *= 2
         return len(text)
 
@@ -207,6 +217,48 @@ class WindowTokenizer:
         return np.array_equal(both.ids, np.concatenate([first.ids, second.ids])) and np.array_equal(
             both.offsets, np.concatenate([first.offsets, second.offsets + len(left)])
         )
+
+    def _cut_between_tokens(self, text: str, start: int, length: int) -> int | None:
+        """A place where byte-pair encoding parts `text` after `start`, another such place, at most `length` on.
+
+        Where the whole has a boundary within a word, no merge crosses it, and those to either side do not see each
+        other: both sides have the tokens of the whole. So it is enough that a pre-tokenizer which begins anew there
+        finds the same words: it might count from the start of a run, as of digits.
+        """
+        near = text[start : start + length]
+        [known] = self._encode([near])
+        words = self._words(near)
+        # Tokens that begin where the one before ends: others share a character.
+        firsts = np.flatnonzero(known.offsets[1:, 0] == known.offsets[:-1, 1]) + 1
+        places = known.offsets[firsts, 0]
+        compared = _CONTEXT_CHARS // 2  # the rest may be other words and tokens for being cut off
+        for i in range(int(np.searchsorted(places, length - _CONTEXT_CHARS)) - 1, -1, -1)[:_TRIES]:
+            place, token = int(places[i]), int(firsts[i])
+            after = near[place : place + _CONTEXT_CHARS]
+            [right] = self._encode([after])
+            ids = right.ids[: np.searchsorted(right.offsets[:, 0], compared)]
+            if (
+                np.array_equal(ids, known.ids[token : token + len(ids)])
+                and np.array_equal(_between(self._words(after), 0, compared), _between(words - place, 0, compared))
+                and np.array_equal(self._encode([near[:place]])[0].ids, known.ids[:token])
+            ):
+                return start + place
+        return None
+
+    def _words(self, text: str) -> npt.NDArray[np.int64]:
+        """Where the pre-tokenizer's words begin."""
+        splitter = self._backend.pre_tokenizer
+        words = [("", (0, 0))] if splitter is None else splitter.pre_tokenize_str(text)
+        return np.array([begin for _, (begin, _) in words], dtype=np.int64)
+
+
+def _between(places: npt.NDArray[np.int64], low: int, high: int) -> npt.NDArray[np.int64]:
+    return places[(places > low) & (places < high)]
+
+
+def _cost(text: str, length: int) -> int:
+    """What tokenising a part of a text takes, in ASCII characters: others may become a token a byte."""
+    return length if text.isascii() else 2 * length
 
 
 def _special_tokens(backend: Tokenizer) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
