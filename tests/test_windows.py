@@ -271,6 +271,16 @@ def test_any_stretches_have_the_tokens_of_the_whole(name: str, runs: list[tuple[
     assert encoded.ids.tolist() == expected.ids
 
 
+def test_a_normalizer_is_in_the_way_only_where_it_changes_the_text() -> None:
+    backend = fresh("Llama-3 regex")
+    backend.normalizer = normalizers.NFC()
+    tokenizer = WindowTokenizer(backend)
+    for text, most in (("\u00e9\u4e00" * 1500, 600), ("e\u0301\u4e00" * 1000, 3000)):
+        assert max(end - start for start, end in spans(tokenizer, text)) <= most
+        assert tokenizer.encode([text])[0].ids.tolist() == whole(backend, text)
+    assert len(spans(tokenizer, text)) == 1
+
+
 def test_a_tokenizer_without_byte_pairs_keeps_a_stretch_whole() -> None:
     backend = Tokenizer(models.WordLevel({"=": 0, "<unk>": 1}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("=+"), "isolated")

@@ -107,10 +107,8 @@ class WindowTokenizer:
         backend.post_processor = None
         self._backend = backend
         model = backend.model
-        self._merges = (
-            isinstance(model, BPE)
-            and backend.normalizer is None
-            and not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix)
+        self._merges = isinstance(model, BPE) and not (
+            model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix
         )
 
     @classmethod
@@ -226,6 +224,9 @@ class WindowTokenizer:
         finds the same words: it might count from the start of a run, as of digits.
         """
         near = text[start : start + length]
+        normalizer = self._backend.normalizer
+        if normalizer is not None and normalizer.normalize_str(near) != near:
+            return None
         [known] = self._encode([near])
         words = self._words(near)
         # Tokens that begin where the one before ends: others share a character.
