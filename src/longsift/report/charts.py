@@ -82,7 +82,7 @@ def histogram(
     """
     scale = {"zero": False, "nice": False} | ({} if domain is None else {"domain": domain})
     ticks = {"tickCount": 6, "format": _format([bar["x2"] for bar in bars])}
-    edges = {"x": axis("x", wrap(x, 40), bin={"binned": True}, scale=scale, axis=ticks), "x2": {"field": "x2"}}
+    edges = {"x": axis("x", wrap(x, 32), bin={"binned": True}, scale=scale, axis=ticks), "x2": {"field": "x2"}}
     counted = {"labelExpr": _COUNT, "tickMinStep": 1}
     tooltip = [
         {"field": "n", "title": count, "format": ","},
