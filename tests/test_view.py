@@ -384,6 +384,26 @@ def test_a_window_is_measured_once_with_one_calculator(site, run, monkeypatch):
     assert "<script>alert" not in answers[0].text
 
 
+def test_the_table_answers_while_a_window_is_measured(site, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    look = Inspector.look
+
+    def wait(inspector, subject):
+        begun.set()
+        assert go_on.wait(60)
+        return look(inspector, subject)
+
+    monkeypatch.setattr(Inspector, "look", wait)
+    place = site.listed(group="mixed")[0]
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(site.get, f"/window/{place}")
+        assert begun.wait(60)
+        assert len(site.listed()) == ROWS
+        assert not answer.done()
+        go_on.set()
+        assert answer.result().status == 200
+
+
 def test_windows_of_one_id_are_told_apart_by_their_place(run, tmp_path):
     out = Path(shutil.copytree(run, tmp_path / "out"))
     for folder in ("windows", "scores"):

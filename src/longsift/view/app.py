@@ -10,10 +10,12 @@ browser (DNS rebinding); nothing is loaded from elsewhere, and no page may be fr
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,12 +61,16 @@ class Viewer:
         out: its folder.
         table: of its windows.
         model: calculator to inspect windows with; by default the one that they were scored with.
+
+    Attributes:
+        cut_short: the server ended while a window was being measured.
     """
 
     def __init__(self, out: Path | str, table: WindowTable, model: ModelOptions = ModelOptions()) -> None:
         self._folder, self._table, self._model = RunFolder(out), table, model
         self._inspected: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._lock = threading.Lock()
+        self.cut_short = False
 
     def report(self, request: Request) -> Response:
         """The report as it is on disk."""
@@ -88,8 +94,15 @@ class Viewer:
             )
         )
 
-    def window(self, request: Request) -> Response:
+    async def window(self, request: Request) -> Response:
         """One window under the lens."""
+        try:
+            return await _apart(lambda: self._window(request))
+        except asyncio.CancelledError:
+            self.cut_short = True
+            raise
+
+    def _window(self, request: Request) -> Response:
         query = _query(request)
         window = self._table.find(request.path_params["shard"], min(request.path_params["row"], 2**62))
         if window is None:
@@ -157,6 +170,21 @@ class _Guard:
             await answer(scope, receive, guarded)
             return
         await self._app(scope, receive, guarded)
+
+
+async def _apart(work: Callable[[], Response]) -> Response:
+    """The result of long work, in a thread that does not keep the process from ending."""
+    result: Future[Response] = Future()
+
+    def run() -> None:
+        result.set_running_or_notify_cancel()
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(result)
 
 
 def _query(request: Request) -> Query:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
 import os
 import socket
 import sys
 import webbrowser
+from contextlib import suppress
 from pathlib import Path
 
 from longsift.errors import UsageError
@@ -47,14 +50,14 @@ def serve(
     from longsift.view.table import WindowTable
 
     with _listen(host, port) as listening, WindowTable(out) as table:
-        app = make_app(Viewer(out, table, model), allowed_hosts(host))
+        viewer = Viewer(out, table, model)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
         print(f"{table.windows:,} windows of {out}: {address} (Ctrl-C ends it)", flush=True)
         if browser and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             webbrowser.open(address)
         server = uvicorn.Server(
             uvicorn.Config(
-                app,
+                make_app(viewer, allowed_hosts(host)),
                 log_level="warning",
                 access_log=False,
                 server_header=False,
@@ -64,10 +67,17 @@ def serve(
                 timeout_graceful_shutdown=2,  # a window that is being measured is not waited for
             )
         )
-        try:
+        logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+        with suppress(KeyboardInterrupt):  # the way to end it
             server.run(sockets=[listening])
-        except KeyboardInterrupt:  # the way to end it
-            return
+    if viewer.cut_short:  # nothing interrupts the measuring of a window: an orderly end would wait for it
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Whether a fault is told with its traceback: not that of a page that the end cut short."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def allowed_hosts(host: str) -> tuple[str, ...]:

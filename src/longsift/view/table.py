@@ -30,6 +30,7 @@ MOST_PAGES = 1_000_000_000
 _HEAD = 160  # characters of a text
 _HELD = 20_000  # heads of texts that are kept, so that going back is quick
 _MEMORY = "2GB"
+_COLUMNS = 'shard, "row", window_id, "group", n_tokens, score, rank, kept'  # of a Row
 # Column of the position in each order, and whether windows without a score stand last in its reverse too.
 SORTS = {"rank": ("by_rank", True), "score": ("by_score", True), "tokens": ("by_tokens", False), "id": ("by_id", False)}
 
@@ -153,7 +154,7 @@ class WindowTable:
             place = 'shard, "row"'
             self._database.execute(
                 f"""CREATE TABLE windows AS
-                    SELECT shard, "row", window_id, "group", n_tokens, score, rank,
+                    SELECT shard, "row", window_id, "group", n_tokens, score, rank, lower(window_id) AS lowered,
                            kept AND {str(selected).lower()} AS kept,
                            row_number() OVER (ORDER BY rank, "group", {place})::INTEGER AS by_rank,
                            row_number() OVER (ORDER BY score DESC, "group", rank, {place})::INTEGER AS by_score,
@@ -174,7 +175,7 @@ class WindowTable:
         """The rows that a query asks for; beyond the last page, the last."""
         conditions: dict[str, tuple[str, Any]] = {}
         if query.search:
-            conditions["search"] = ("contains(lower(window_id), lower($search))", query.search)
+            conditions["search"] = ("contains(lowered, lower($search))", query.search)
         if query.group is not None:
             conditions["group"] = ('"group" = $group', query.group)
         where = " AND ".join([*(sql for sql, _ in conditions.values()), *(["kept"] if query.kept else [])]) or "true"
@@ -187,8 +188,11 @@ class WindowTable:
         rows = tuple(
             Row(*row)
             for row in self._ask(
-                f"""SELECT shard, "row", window_id, "group", n_tokens, score, rank, kept FROM windows
-                    WHERE {where} ORDER BY {order} LIMIT {ROWS} OFFSET $skipped""",
+                # The rows' numbers are sorted, and the rest of the rows is then looked up for a page of them alone.
+                f"""SELECT {_COLUMNS} FROM windows JOIN (
+                        SELECT rowid AS number FROM windows WHERE {where} ORDER BY {order}
+                        LIMIT {ROWS} OFFSET $skipped) ON windows.rowid = number
+                    ORDER BY {order}""",
                 values | {"skipped": (number - 1) * ROWS},
             )
         )
@@ -198,8 +202,7 @@ class WindowTable:
     def find(self, shard: str, row: int) -> Row | None:
         """The window that stands there, if any."""
         found = self._ask(
-            """SELECT shard, "row", window_id, "group", n_tokens, score, rank, kept FROM windows
-               WHERE shard = $shard AND "row" = $row""",
+            f'SELECT {_COLUMNS} FROM windows WHERE shard = $shard AND "row" = $row',
             {"shard": shard, "row": row},
         )
         return Row(*found[0]) if found else None
