@@ -279,7 +279,7 @@ def test_a_quota_that_its_group_cannot_fill_is_reported_not_refilled(tmp_path: P
         ({"keep": 0.5, "mix": {"book": 0.6, "web": 0.5}}, "sum to 1.1"),
         ({"keep": 0.5, "mix": {"book": -0.1}}, "book=-0.1"),
         ({"keep": 0.5, "mix": {}}, "names no group"),
-        ({"keep": 0.5, "mix": {"bok": 0.5}}, "do not have: bok. They have: book"),
+        ({"keep": 0.5, "mix": {"bok": 0.5}}, "there is no window: bok. There are: book"),
     ],
     ids=lambda value: str(value),
 )
