@@ -30,6 +30,7 @@ from longsift.calculators.interface import (
 from longsift.calculators.lean import make_lean
 from longsift.calculators.positions import remember_state
 from longsift.calculators.recorded import Recorder
+from longsift.calculators.steady import steady_activations
 from longsift.errors import ModelError, UnsupportedModel, UsageError
 
 T = TypeVar("T")
@@ -113,7 +114,9 @@ class FullModel:
         # Refuses what cannot be measured before any weights are fetched.
         plan = build_unallocated(config, choose_dtype(config, target, dtype), trust_remote_code=trust_remote_code)
         network = _load_network(location.downloaded(), plan).to(target)
-        fused = make_lean(network) if target.type == "cuda" else []  # a CPU keeps the network as it is, bit for bit
+        if target.type == "cpu":  # which computes what the network as it is would in one thread, bit for bit
+            steady_activations(network)
+        fused = make_lean(network) if target.type == "cuda" else []
         return cls(network, config, location, target, wanted, rope_theta, fused)
 
     def global_layers(self, length: int) -> tuple[int, ...]:
