@@ -38,7 +38,10 @@ log = logging.getLogger(__name__)
 
 _POLL = 0.5  # seconds between two looks at what is done
 _PATIENCE = 60  # seconds in which a cluster must answer at first
-_REMEDY = "Start one with 'ray start --head', or name it: --address HOST:PORT."
+_REMEDY = (
+    "Start one with 'ray start --head', or name it: --address HOST:PORT. "
+    "One that asks for a token needs RAY_AUTH_MODE=token in the environment."
+)
 _TRIES = 2  # times that shards are dealt out
 _CPUS, _GB = 4, 4  # of a task, and of memory a CPU
 
