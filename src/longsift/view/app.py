@@ -35,7 +35,7 @@ from longsift.errors import LongsiftError, UsageError
 from longsift.options import ModelOptions
 from longsift.report.rendering import render
 from longsift.shards import RunFolder
-from longsift.view.table import SORTS, Query, Row, WindowTable
+from longsift.view.table import Query, Row, WindowTable
 
 if TYPE_CHECKING:
     from longsift.inspection import Inspector
@@ -89,7 +89,6 @@ class Viewer:
                 page=table.page(query),
                 table=table,
                 menu=len(table.groups) <= _MOST_GROUPS,
-                sorts=SORTS,
                 report=self._folder.report.exists(),
             )
         )

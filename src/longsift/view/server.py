@@ -82,14 +82,13 @@ def _is_no_cancellation(record: logging.LogRecord) -> bool:
 
 def allowed_hosts(host: str) -> tuple[str, ...]:
     """Names by which a browser may ask for a server at an address."""
+    name = f"[{host}]" if ":" in host else host
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = host == "localhost"
-    if loopback:
-        return LOOPBACK
-    own = socket.gethostname()
-    return (*LOOPBACK, f"[{host}]" if ":" in host else host, own, socket.getfqdn())
+    names = (*LOOPBACK, name) if loopback else (*LOOPBACK, name, socket.gethostname(), socket.getfqdn())
+    return tuple(dict.fromkeys(names))
 
 
 def _listen(host: str, port: int) -> socket.socket:
