@@ -36,6 +36,8 @@ _BATCH_CHARS = 2 << 20
 _PART_CHARS = 1 << 15
 # Text on either side of a place, with which it is checked that the place parts tokens cleanly.
 _CONTEXT_CHARS = 512
+# Longer stretches are not tokenised in search of a place: there would be one before.
+_LONGEST_TRIED = 4 * _PART_CHARS
 # Places checked in one stretch before it is left whole.
 _TRIES = 4
 # Where pre-tokenizers begin anew: after a line break with ink on both sides, before a space between words.
@@ -204,7 +206,8 @@ class WindowTokenizer:
             for match in islice(places, _TRIES):
                 if self._parts_cleanly(text, match.end()):
                     return match.end()
-            if self._merges and (place := self._cut_between_tokens(text, start, length)):
+            tried = self._merges and length <= _LONGEST_TRIED
+            if tried and (place := self._cut_between_tokens(text, start, length)):
                 return place
             length *= 2
         return len(text)
