@@ -134,13 +134,16 @@ def test_a_damaged_shard_is_set_aside_and_the_same_command_tries_it_again(quiet,
     assert "1 windows of 1 shards that are set aside are left out" in output
     result = json.loads(output[output.index("{") :])
     assert (result["of"], result["set_aside"]) == (len(scored), 1)
+    card = (out / "selected" / "README.md").read_text("utf-8")
+    assert "1 further windows, of 1 shards that could not be scored, were never ranked and are left out." in card
 
     damaged.write_bytes(whole)
     before = {path: path.stat().st_mtime_ns for path in parquet_files(out / "scores")}
     longsift(*score)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert run_status(out)["scores"]["state"] == "done"
-    longsift("select", out, "--keep", "0.5")
+    assert "left out" not in longsift("select", out, "--keep", "0.5")
+    assert "could not be scored" not in (out / "selected" / "README.md").read_text("utf-8")
     assert same(out, quiet)
 
 

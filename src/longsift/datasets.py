@@ -81,8 +81,8 @@ def write_dataset(
             part begins after 256 MiB.
         text, input_ids: whether to write these columns.
         card: facts for the card, shown in their order: `method`, `parameters` (a dict), `model`, `revision`,
-            `window`, `group_by`, … A key `citation` gets a section of its own; keep, budget and mix are those
-            of `choice`. The card holds no time but what is passed here, so that the same selection has the same
+            `window`, `group_by`, … A key `citation` gets a section of its own; `set_aside`, `shards` and
+            `windows` that could not be scored, a sentence; keep, budget and mix are those of `choice`. The card holds no time but what is passed here, so that the same selection has the same
             bytes.
 
     Raises:
@@ -386,6 +386,16 @@ def _digest(choice: Choice, schema: pa.Schema) -> str:
     return state.hexdigest()[:8]
 
 
+def _set_aside(facts: Mapping[str, Any]) -> str:
+    missing = facts.get("set_aside") or {"shards": 0}
+    if not missing["shards"]:
+        return ""
+    return (
+        f"{missing['windows']:,} further windows, of {missing['shards']:,} shards that could not be scored, "
+        "were never ranked and are left out. "
+    )
+
+
 def _card(choice: Choice, facts: Mapping[str, Any], schema: pa.Schema, files: str) -> str:
     front: dict[str, Any] = {
         "tags": ["long-context", "longsift"],
@@ -401,6 +411,7 @@ def _card(choice: Choice, facts: Mapping[str, Any], schema: pa.Schema, files: st
         f"{choice.kept:,} of {choice.windows:,} windows ({choice.kept_tokens:,} of {choice.tokens:,} tokens) "
         "were kept by how much each window depends on its far past, ranked within its group. "
         + (f"{choice.failed:,} windows could not be measured and were left out. " if choice.failed else "")
+        + _set_aside(facts)
         + (f"{choice.duplicates:,} windows hold the same tokens as others. " if choice.duplicates else "")
         + (f"{choice.passed_over:,} overlap better ones and were passed over. " if choice.passed_over else "")
         + (f"{choice.overlapping:,} of the kept ones overlap better ones. " if choice.overlapping else "")
@@ -440,7 +451,7 @@ def _card(choice: Choice, facts: Mapping[str, Any], schema: pa.Schema, files: st
 
 def _facts(choice: Choice, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in facts.items():
-        if key in ("citation", "keep", "budget", "mix") or value is None or value == {}:
+        if key in ("citation", "keep", "budget", "mix", "set_aside") or value is None or value == {}:
             continue
         if isinstance(value, Mapping):
             value = ", ".join(f"{name}={part}" for name, part in value.items())

@@ -312,6 +312,7 @@ def _card(manifest: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
         "mix": identity["mix"],
         "overlap": identity["overlap"],
         "dedup": identity["dedup"],
+        "set_aside": scores.get("set_aside"),
         "citation": build_method(identity["method"], **identity["parameters"]).citation,
     }
 

@@ -128,9 +128,10 @@ class ScoreStage:
         if all("devices" in record for record in records):
             results["device_seconds"] = round(sum(record["seconds"] * record["devices"] for record in records), 3)
         aside = self._folder.shards_set_aside()
+        # Also where there are none now: there may have been before.
+        results["set_aside"] = {"shards": len(aside), "windows": windows["counts"]["windows"] - counts["windows"]}
         if aside:
-            missing = {"shards": len(aside), "windows": windows["counts"]["windows"] - counts["windows"]}
-            self._folder.finish("scores", results | {"set_aside": missing}, incomplete=True)
+            self._folder.finish("scores", results, incomplete=True)
             raise ShardsSetAside(self._folder.explain_set_aside())
         self._folder.finish("scores", results)
         return _result(self._folder)
