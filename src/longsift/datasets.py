@@ -82,8 +82,8 @@ def write_dataset(
         text, input_ids: whether to write these columns.
         card: facts for the card, shown in their order: `method`, `parameters` (a dict), `model`, `revision`,
             `window`, `group_by`, … A key `citation` gets a section of its own; `set_aside`, `shards` and
-            `windows` that could not be scored, a sentence; keep, budget and mix are those of `choice`. The card holds no time but what is passed here, so that the same selection has the same
-            bytes.
+            `windows` that could not be scored, a sentence; keep, budget and mix are those of `choice`. The card holds
+            no time but what is passed here, so that the same selection has the same bytes.
 
     Raises:
         UsageError: an unknown format.
