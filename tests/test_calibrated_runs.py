@@ -71,7 +71,8 @@ def test_a_run_without_method_is_calibrated_and_keeps_the_highest(finished: Path
 
 def test_the_report_status_and_card_name_method_and_components(finished: Path, calibration: Path) -> None:
     page = (finished / "report.html").read_text("utf-8")
-    assert f"calibrated, calibration {calibration}, digest" in page
+    assert f"<dd>calibrated, calibration {calibration}</dd>" in page
+    assert "&#34;digest&#34;: " in page  # in the manifest's content
     assert "<dd>calibrated</dd>" in page  # the score, of which far focus is no part
     assert "<th>calibrated</th><th>far_focus</th>" in page
     assert as_json(longsift("status", finished, "--json"))["scores"]["method"] == "calibrated"
