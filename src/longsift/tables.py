@@ -7,6 +7,7 @@ Layout of a run folder (other programs rely on it)::
     OUT/scores/*.parquet       one row a window         SCORE_KEYS + the method's own columns
     OUT/selected/*.parquet     the kept windows         (see longsift.datasets)
     OUT/report.html
+    OUT/maps/*.parquet         dependency maps of the report, which may be thrown away (longsift.report.maps)
     OUT/manifest.json          what was run, with what, on what
 
 A scores file has the name of its windows file and the same rows in the same order.
