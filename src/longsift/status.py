@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longsift.errors import OutputError
+from longsift.jobs import tasks_at_work
 from longsift.shards import RunFolder
 from longsift.tables import parquet_files
 
@@ -70,7 +71,7 @@ def run_status(out: Path) -> dict[str, Any]:
             "method": scores["identity"]["method"],
             "shards done": len(records),
             "shards": len(parquet_files(folder.windows)),
-            "shards running": now.get("shards", []),
+            "shards running": now.get("shards") or [name for task in tasks_at_work(out) for name in task["shards"]],
             "shards set aside": len(aside),
             "windows": sums["windows"],
             "failed": sums["failed"],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 
 import pytest
 
 from longsift.errors import OutputError
 from longsift.jobs import at_work, check_ended, note_slurm_jobs, tasks_at_work
+from longsift.status import run_status
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +63,13 @@ def test_a_folder_in_which_no_job_was_submitted_is_free(tmp_path):
     with at_work(tmp_path, "one-0", list):  # of Ray, whose tasks end with the process that holds the lock
         wait_for_task(tmp_path)
         check_ended(tmp_path)
+
+
+def test_status_tells_which_shards_the_tasks_have(run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    with at_work(out, "one-0", lambda: ["part-3"]), at_work(out, "one-1", lambda: ["part-4", "part-5"]):
+        while len(tasks_at_work(out)) < 2:
+            time.sleep(0.01)
+        assert run_status(out)["scores"]["shards running"] == ["part-3", "part-4", "part-5"]
+    assert run_status(out)["scores"]["shards running"] == []
