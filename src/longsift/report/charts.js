@@ -1,7 +1,8 @@
 // What the pages' scripts share. Charts are SVG whose colours are the page's own CSS variables, so that light, dark and
 // print need no drawing anew; what is drawn on a canvas asks for a colour and is told when the theme changes.
 const charts = (() => {
-  const options = { ast: true, actions: false, renderer: "svg", hover: false };
+  // Errors alone are logged: Vega warns of scales without values in every chart that gets its data after it is drawn.
+  const options = { ast: true, actions: false, renderer: "svg", hover: false, logLevel: 1 };
   const theme = matchMedia("(prefers-color-scheme: dark)");
 
   // Draw a Vega-Lite specification into an element; resolves to the chart's Vega view.
