@@ -131,7 +131,7 @@ def heat_map(
         data={"values": list(cells)},
         mark={"type": "rect", "tooltip": True},
         encoding={
-            "x": axis("x", wrap(x, 40), scale=scale | ({"type": "log"} if log_x else {}), axis=ticks),
+            "x": axis("x", wrap(x, 40), scale={"type": "log", "nice": False} if log_x else scale, axis=ticks),
             "x2": {"field": "x2"},
             "y": axis("y", wrap(y, 28), scale=scale, axis={"format": _format([cell["y2"] for cell in cells])}),
             "y2": {"field": "y2"},
