@@ -29,15 +29,18 @@ demo: setup
 	$(BIN)/longsift report demo/calibrated --map-seconds 15 --against demo/ladm
 	@echo "Look at demo/calibrated/report.html and demo/ladm/report.html; the selected windows are in demo/*/selected."
 
+# A file of tests stays in one process, since its tests share what is dear to make.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+test: export OMP_NUM_THREADS := 1
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 # Only the files that hold such tests, since others need packages that such a machine may lack.
 test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu $$(grep -rl mark.gpu tests --include='test_*.py' | sort)
 
 test-slow: setup
-	$(BIN)/pytest -m slow -rP
+	$(BIN)/pytest $(PARALLEL) -m slow -rP
 
 test-slurm: setup
 	$(BIN)/pytest -m slurm -rs tests/engines/test_slurm.py

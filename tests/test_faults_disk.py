@@ -35,7 +35,7 @@ def whole(corpus, model, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("stage", "limit"), [("windows", 4000), ("scores", 1500)])
+@pytest.mark.parametrize(("stage", "limit"), [("windows", 4000), ("scores", 3000)])
 def test_a_full_disk_ends_the_run_with_the_reason_and_the_run_goes_on_to_the_same_bytes(
     whole, corpus, model, tmp_path, stage, limit
 ):

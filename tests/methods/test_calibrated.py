@@ -296,7 +296,7 @@ class TestEmbedded:
 
     def test_puts_texts_above_their_segments_exchanged(self, embedded: Scorer) -> None:
         texts = [Path(sysconfig.get_path("stdlib"), name).read_text("utf-8") for name in ("argparse.py", "typing.py")]
-        windows = np.stack([embedded._cut(text, 4096)[0] for text in (*texts, inspect.getsource(inspect))])
+        windows = np.stack([embedded._cut(text, 4096)[0][1] for text in (*texts, inspect.getsource(inspect))])
         segments = windows.reshape(3, 8, 512)
         mixed = np.concatenate([segments[i % 3, i] for i in range(8)])
         scores = [embedded.measure(ids)["calibrated"] for ids in (*windows[:2], mixed)]
