@@ -139,12 +139,16 @@ def _sigterm_unwinds() -> Iterator[None]:
 
 
 def _import_scoring() -> None:
-    """Import what measures, a fifth faster without the garbage collector: thousands of modules leave it nothing."""
+    """Import what measures, a fifth faster without the garbage collector: thousands of modules leave it nothing.
+
+    Nor do they later, at the process's end above all.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:
         import longsift.scoring  # noqa: F401
     finally:
+        gc.freeze()
         if collects:
             gc.enable()
 
