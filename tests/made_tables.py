@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from longsift.selection import ScoreRule, Term
+from longsift.selection import Choice, ScoreRule, Term
 from longsift.tables import SCORE_KEYS, WINDOWS
 
 LONGATTN = ScoreRule((Term("dependency_strength", 1.0), Term("variance", -0.5)), "zscore")
@@ -70,3 +70,16 @@ def write_tables(out: Path, shards: list[list[Row]], row_group: int = 1 << 20) -
         ):
             table = pa.table(columns, schema=schema)
             pq.write_table(table, out / name / f"shard-{s:05d}.parquet", row_group_size=row_group)
+
+
+def document(name: str, *windows: tuple[int, float], group: str = "book") -> list[Row]:
+    """Windows of one document, given by start and strength."""
+    return [Row(group, strength, window_id=f"{name}:{i}", start=start) for i, (start, strength) in enumerate(windows)]
+
+
+def kept_rows(choice: Choice) -> list[tuple[str, int, str, float, int]]:
+    return [
+        (shard, row["row"], row["window_id"], row["score"], row["rank"])
+        for shard, table in choice.chosen()
+        for row in table.to_pylist()
+    ]

@@ -311,8 +311,8 @@ def choose(
     Rank 1 is the best score of its group; equal scores are ordered by window id, then by place in the table.
     Rows whose status is not "ok", or with a null or non-finite column, are counted as failed and never kept.
     The result depends on the table alone: not on the number of threads, nor on the run.
-    The ranking lies in memory and, above 2 GB, in a hidden folder beside `scores` until the choice is closed, about
-    150 bytes a window.
+    The ranking lies in memory and, above 2 GB, in a hidden folder beside `scores` until the choice is closed, 150
+    to 230 bytes a window.
 
     Args:
         scores: folder of the score files (`longsift.tables.SCORE_KEYS` and the rule's columns).
@@ -506,7 +506,7 @@ def _room(folder: Path) -> Iterator[None]:
             raise  # it is of a file that is read
         raise OutputError(
             f"There is no room to rank the windows in {folder.parent}, beside {_MEMORY} of memory "
-            f"({str(error).splitlines()[0]}). Free about 150 bytes a window there, and run the same command again."
+            f"({str(error).splitlines()[0]}). Free about 230 bytes a window there, and run the same command again."
         ) from error
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longsift.comparison import BINS, Comparison, compare_runs
-from longsift.report.charts import heat_map
+from longsift.comparison import Comparison, compare_runs
+from longsift.report.compare import rank_chart
 from longsift.selection import Choice
 
 
@@ -27,18 +27,6 @@ def agreement(out: Path, other: Path, choice: Choice) -> Agreement:
     """
     share = choice.keep if choice.keep is not None else choice.kept / choice.windows if choice.windows else 0.0
     comparison = compare_runs(out, other, [share or 1.0])
-    step = 100 / BINS
-    cells = [
-        {"x": i * step, "x2": (i + 1) * step, "y": j * step, "y2": (j + 1) * step, "n": count}
-        for i, row in enumerate(comparison.heat)
-        for j, count in enumerate(row)
-        if count
-    ]
-    chart = heat_map(
-        "Windows by their rank in both runs",
-        cells,
-        x=f"rank here ({comparison.a.method}), % of the group; 0 is the best",
-        y=f"rank there ({comparison.b.method}), %",
-        height=260,
-    )
+    here = f"rank here ({comparison.a.method}), % of the group; 0 is the best"
+    chart = rank_chart(comparison, here, f"rank there ({comparison.b.method}), %", 260)
     return Agreement(comparison, chart)

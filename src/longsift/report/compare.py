@@ -36,7 +36,12 @@ def write_comparison(comparison: Comparison, page: Path) -> Path:
         facts=list(_facts(comparison.a, comparison.b)),
         differing=list(_shelves(comparison.disagreements)),
         texts=excerpts(windows, places, _HEAD, _TAIL) if windows.is_dir() else None,
-        charts={"overlap": _overlap_chart(comparison), "ranks": _rank_chart(comparison)},
+        charts={
+            "overlap": _overlap_chart(comparison),
+            "ranks": rank_chart(
+                comparison, "rank in A, % of the group; 0 is the best", "rank in B, % of the group", 330
+            ),
+        },
         version=__version__,
         drawn=sum(1 for group in comparison.groups if group.curve),
     )
@@ -122,7 +127,12 @@ def _overlap_chart(comparison: Comparison) -> dict[str, Any]:
     return charts.chart("Share of the kept windows that both runs keep, by the share kept", height=300, layer=layers)
 
 
-def _rank_chart(comparison: Comparison) -> dict[str, Any]:
+def rank_chart(comparison: Comparison, x: str, y: str, height: int) -> dict[str, Any]:
+    """The ranks in both runs as a heat map.
+
+    Args:
+        x, y: titles, with units.
+    """
     step = 100 / BINS
     cells = [
         {"x": i * step, "x2": (i + 1) * step, "y": j * step, "y2": (j + 1) * step, "n": count}
@@ -130,14 +140,7 @@ def _rank_chart(comparison: Comparison) -> dict[str, Any]:
         for j, count in enumerate(row)
         if count
     ]
-    heat_map = charts.heat_map(
-        "Windows by their rank in both runs",
-        cells,
-        x="rank in A, % of the group; 0 is the best",
-        y="rank in B, % of the group",
-        count="windows",
-        height=330,
-    )
+    chart = charts.heat_map("Windows by their rank in both runs", cells, x=x, y=y, height=height)
     for axis in "xy":
-        heat_map["encoding"][axis]["axis"] = _TICKS
-    return heat_map
+        chart["encoding"][axis]["axis"] = _TICKS
+    return chart
