@@ -115,14 +115,18 @@ def cut_sources(
     begun = {shard: Place(**content) for shard, content in folder.places().items()}
     cutter = Cutter(model, options)
     left: list[tuple[str, Source, Place]] = []
+    written, quarantined = _parts_by_source(folder.windows), _parts_by_source(folder.quarantine)
     for number, source in enumerate(sources):
         shard = f"{number:05d}"
+        parts = written.get(shard, [])
         if shard not in done:
             place = begun.get(shard, Place())
             left.append((shard, source, place))
-            _drop_after(folder.windows, shard, place.parts)
-            _drop_after(folder.quarantine, shard, place.quarantined)
-        for path in sorted(folder.windows.glob(f"{shard}-*.parquet")):
+            # What was written after the last place was marked is cut anew.
+            for leftover in (*parts[place.parts :], *quarantined.get(shard, [])[place.quarantined :]):
+                leftover.unlink()
+            parts = parts[: place.parts]
+        for path in parts:
             on_part(path)
             if cutter.sample is not None:
                 for window_id in pq.read_table(path, columns=["window_id"])["window_id"].to_pylist():
@@ -341,10 +345,12 @@ class _Parts(Generic[Row]):
             self.on_part(path)
 
 
-def _drop_after(folder: Path, shard: str, written: int) -> None:
-    """Remove the parts that were written after the last place was marked."""
-    for leftover in sorted(folder.glob(f"{shard}-*.parquet"))[written:]:
-        leftover.unlink()
+def _parts_by_source(folder: Path) -> dict[str, list[Path]]:
+    """The parts that are there, in order; the folder is listed once for all sources."""
+    parts: dict[str, list[Path]] = {}
+    for path in parquet_files(folder):
+        parts.setdefault(path.stem.partition("-")[0], []).append(path)
+    return parts
 
 
 def _quarantine_table(rows: list[BadRow]) -> pa.Table:
