@@ -1,4 +1,4 @@
-"""Finding the files of documents that a user names, on any file system that fsspec knows."""
+"""The files of documents that a user names, on any file system that fsspec knows: found, divided and opened."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 import fsspec
@@ -29,6 +31,9 @@ FORMATS = {
 """The endings that can be read, and the format that each one means."""
 
 _ENDINGS = ", ".join(FORMATS)
+
+_READ_BYTES = 1 << 20
+_DIVISIBLE = {"jsonl", "parquet"}  # formats that can be entered in the middle
 
 # What `datasets` and the Hub put beside data: JSON by its ending, but not documents.
 _SIDECARS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -58,6 +63,36 @@ class Source:
     def __post_init__(self) -> None:
         object.__setattr__(self, "address", self.address or self.url)
 
+    def pieces(self, most: int) -> list[Piece]:
+        """The file in pieces of about equal size, at most `most` bytes each where its format can be divided."""
+        count = max(1, -(-self.size // most)) if self.format in _DIVISIBLE else 1
+        bounds = [index * self.size // count for index in range(count + 1)]
+        return [Piece(self, start, stop) for start, stop in pairwise(bounds)]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A range of a file's bytes, which stands for the rows in it: each row of a file belongs to one of its pieces.
+
+    Attributes:
+        start, stop: of JSON lines, those that begin in this range; of Parquet, its row groups from the share `start` of
+            the file's size to the share `stop`, as if they were all of one size. A compressed file is one piece.
+    """
+
+    source: Source
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.stop - self.start
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the whole file."""
+        return self.size == self.source.size
+
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
     """List the files that the inputs name, sorted by url, each once.
@@ -82,11 +117,24 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     addresses = {_public(address): address for address in found_files}
     if len(addresses) < len(found_files):
         raise InputError("two inputs are the same but for their query or password: give one of them")
-    names = _names(sorted(addresses))
-    return [
-        Source(url, names[url], FORMATS[_ending(url)], *found_files[addresses[url]], addresses[url])
-        for url in sorted(addresses)
-    ]
+    return _sources({url: (*found_files[address], address) for url, address in addresses.items()})
+
+
+def listed_sources(listed: Sequence[tuple[str, int, str]]) -> list[Source]:
+    """The sources that `find_sources` gave, from the url, size and version of each; without secrets of an address."""
+    return _sources({url: (size, version, url) for url, size, version in listed})
+
+
+def _sources(files: Mapping[str, tuple[int, str, str]]) -> list[Source]:
+    """Sources from the size, version and address by url."""
+    names = _names(sorted(files))
+    return [Source(url, names[url], FORMATS[_ending(url)], *files[url]) for url in sorted(files)]
+
+
+def stamp(info: Mapping[str, Any]) -> tuple[int, str]:
+    """Size and version of a file, as its file system lists it."""
+    known = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified")
+    return int(info["size"]), next((str(info[key]) for key in known if info.get(key)), "")
 
 
 def failure(error: Exception, address: str) -> str:
@@ -100,6 +148,103 @@ def failure(error: Exception, address: str) -> str:
 def cause(error: Exception, address: str) -> Exception | None:
     """The error for `raise … from`; None where a traceback would show the secrets of the address."""
     return None if _secrets(address) else error
+
+
+@contextmanager
+def open_piece(piece: Piece, on_bytes: Callable[[int], None] = lambda count: None) -> Iterator[SourceFile]:
+    """Open the file of a piece.
+
+    Args:
+        on_bytes: called with the number of bytes read since its last call.
+
+    Raises:
+        InputError: it cannot be opened; or this is a part of it, and it is not the one that was found.
+    """
+    source = piece.source
+    try:
+        fs, path = fsspec.core.url_to_fs(source.address)
+        # Pieces are read at different times: all have to be of the file that was found.
+        found = (source.size, source.version) if piece.whole else stamp(fs.info(path))
+        raw = fs.open(path, "rb")
+    except Exception as error:  # each file system has its own exceptions
+        raise InputError(f"cannot open {source.url}: {failure(error, source.address)}") from cause(
+            error, source.address
+        )
+    with raw:
+        if found != (source.size, source.version):
+            raise InputError(_changed(source, found[0]))
+        yield SourceFile(raw, source, on_bytes)
+
+
+def _changed(source: Source, size: int) -> str:
+    return (
+        f"{source.url} changed: it had {source.size:,} bytes when the run began, and {size:,} when it was read. "
+        "Run again with --overwrite once it is whole."
+    )
+
+
+class SourceFile:
+    """A raw file that reports the bytes it gives, and whose failures cannot be taken for a damaged file."""
+
+    closed = False
+
+    def __init__(self, raw: BinaryIO, source: Source, on_bytes: Callable[[int], None]) -> None:
+        self._raw, self._source, self._on_bytes = raw, source, on_bytes
+        self.seek, self.tell = raw.seek, raw.tell
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            # A damaged file may have pyarrow ask for more than it has, or than memory has.
+            data = self._raw.read(min(size, max(self._source.size, 1)))
+        except Exception as error:  # each file system has its own exceptions
+            raise self._failed(error) from cause(error, self._source.address)
+        self._on_bytes(len(data))
+        return data
+
+    def lines(self, piece: Piece) -> Iterator[bytes]:
+        """The lines that begin in a piece, as chunks of bytes; at the file's end it is checked to have its size."""
+        last, begun = piece.stop == self._source.size, piece.start == 0
+        for chunk in self.between(piece.start - 1, None if last else piece.stop - 1):
+            if not begun:
+                _, newline, chunk = chunk.partition(b"\n")
+                begun = bool(newline)
+            if begun:
+                yield chunk
+        if begun and not last:
+            # Here, or further on, ends the last line that begins in the piece.
+            for chunk in self.between(piece.stop - 1, None):
+                line, newline, _ = chunk.partition(b"\n")
+                yield line + newline
+                if newline:
+                    return
+
+    def between(self, start: int, stop: int | None = None) -> Iterator[bytes]:
+        """Its bytes from `start`, or its beginning, to `stop`, or its end, which has to be where it was found."""
+        place = max(0, start)
+        try:
+            self.seek(place)
+        except Exception as error:  # as of a server that gives no part of a file
+            raise self._failed(error) from cause(error, self._source.address)
+        while stop is None or place < stop:
+            chunk = self.read(_READ_BYTES if stop is None else min(_READ_BYTES, stop - place))
+            if not chunk:
+                if place != self._source.size:
+                    raise InputError(_changed(self._source, place))
+                return
+            place += len(chunk)
+            yield chunk
+
+    def _failed(self, error: Exception) -> InputError:
+        return InputError(f"reading {self._source.url} failed: {failure(error, self._source.address)}")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Left to the owner of the raw file; pyarrow asks for it."""
 
 
 # User and password, as in https://user:password@host, or s3://key:secret@bucket with slashes in the secret; but not
@@ -144,7 +289,7 @@ def _find(given: str) -> dict[str, tuple[int, str]]:
         raise InputError(f"cannot list {shown}: {failure(error, given)}") from cause(error, given)
     if not _ending(_public(path)):
         raise InputError(f"cannot tell the format of {shown}: longsift reads files that end in {_ENDINGS}")
-    return {_url(fs, path): _stamp(info)}
+    return {_url(fs, path): stamp(info)}
 
 
 def _find_glob(fs: Any, pattern: str) -> dict[str, tuple[int, str]]:
@@ -158,7 +303,7 @@ def _find_glob(fs: Any, pattern: str) -> dict[str, tuple[int, str]]:
         if info["type"] == "directory":
             files.update(_find_folder(fs, path))
         elif _is_data(path):
-            files[_url(fs, path)] = _stamp(info)
+            files[_url(fs, path)] = stamp(info)
     return files
 
 
@@ -172,16 +317,10 @@ def _find_folder(fs: Any, root: str) -> dict[str, tuple[int, str]]:
             state = json.loads(fs.cat_file(path))
             saved[folder] = {posixpath.join(folder, file["filename"]) for file in state["_data_files"]}
     return {
-        _url(fs, path): _stamp(info)
+        _url(fs, path): stamp(info)
         for path, info in listing.items()
         if _is_data(path) and not _is_hidden(path, root) and path in saved.get(posixpath.dirname(path), {path})
     }
-
-
-def _stamp(info: dict[str, Any]) -> tuple[int, str]:
-    """Size and version of a file, as its file system lists it."""
-    known = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified")
-    return int(info["size"]), next((str(info[key]) for key in known if info.get(key)), "")
 
 
 def _url(fs: Any, path: str) -> str:
