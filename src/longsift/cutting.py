@@ -1,7 +1,9 @@
 """The windows stage: source files become parts of the windows table, in order, resumable after every part.
 
-A stopped source is read again up to the row that its last part ended in, which takes little next to tokenising: the
-same for every format, also for those that cannot be entered in the middle.
+The work is planned in pieces of files, each a shard of its own: what is cut of one depends on nothing but the file and
+the options, so that pieces can be cut anywhere, in any order. A stopped piece is read again up to the row that its
+last part ended in, which takes little next to tokenising: the same for every format, also for those that cannot be
+entered in the middle.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -21,13 +23,13 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from longsift.documents import BadRow, Document, ReadOptions, read_documents
+from longsift.documents import BadRow, Document, ReadOptions, count_lines, read_piece
 from longsift.engines.cutters import Cutters
 from longsift.errors import InputError
 from longsift.options import ModelOptions, WindowOptions
 from longsift.progress import Progress
-from longsift.shards import RunFolder
-from longsift.sources import Source, find_sources
+from longsift.shards import RunFolder, piece_name, plan_pieces
+from longsift.sources import Piece, Source, find_sources
 from longsift.tables import QUARANTINE, parquet_files, publish
 from longsift.windows import (
     BottomK,
@@ -59,7 +61,7 @@ def cut(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Read documents and cut them into windows of token ids, one source file at a time.
+    """Read documents and cut them into windows of token ids, one piece of a file after the other.
 
     Args:
         inputs: files, folders, globs or urls (see `longsift.documents.find_sources`).
@@ -87,13 +89,55 @@ def cut_sources(
     overwrite: bool,
     quiet: bool,
     on_part: Callable[[Path], None] = lambda path: None,
+    elsewhere: Callable[[Sequence[str], Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Do as `cut` in a run folder whose lock is held.
 
-    A source that cannot be read does not stop the others: it is tried again when the run goes on, from where it failed.
+    A file that cannot be read does not stop the others: it is tried again when the run goes on, from where it failed.
 
     Args:
         on_part: called for every file of the windows table, those of an earlier process too, when it is there.
+        elsewhere: cuts the named pieces of `plan_pieces` on other machines; what it leaves is cut here.
+    """
+    if begin_windows(sources, folder, model, options, overwrite=overwrite):
+        return dict(folder.section("windows")["counts"])
+    pieces = plan_pieces(sources, options.piece_bytes)
+    done = folder.records("windows")
+    # In order, with what is left of an earlier process between them.
+    for path in sorted(path for shard, paths in _parts(folder.windows).items() if shard in done for path in paths):
+        on_part(path)
+    size, cut_before = (sum(pieces[shard].size for shard in some) for some in (pieces, done))
+    with Progress("windows", size, "bytes", done=cut_before, quiet=quiet) as progress:
+        if elsewhere is not None:
+            elsewhere([shard for shard in pieces if shard not in done], progress)
+            done = folder.records("windows")
+        left = {shard: piece for shard, piece in pieces.items() if shard not in done}
+        read_before = sum(record["documents"] for record in done.values())
+        unread = cut_pieces(left, folder, model, options, progress, on_part, read_before=read_before)
+    if unread:
+        raise InputError(
+            f"{len(unread):,} of {len(sources):,} files could not be read; all others were cut. The same command tries "
+            "them again. " + "; ".join(unread[:_NAMED]) + ("; …" if len(unread) > _NAMED else "")
+        )
+    records = folder.records("windows").values()
+    counts = _sum_counts(records)
+    if options.sample is not None:
+        _keep_sample(folder, options.sample, options.seed)
+        counts |= {"windows_before_sample": counts["windows"], **_count_sample(folder)}
+    seconds = sum(record["seconds"] for record in records)
+    # A piece that another process cut may be the one that had text.
+    text = {key: next((r[key] for r in records if r[key] is not None), None) for key in ("tokenizer", "length")}
+    folder.finish("windows", {"counts": counts, "seconds": seconds, **text})
+    return counts
+
+
+def begin_windows(
+    sources: Sequence[Source], folder: RunFolder, model: ModelOptions, options: WindowOptions, *, overwrite: bool
+) -> bool:
+    """Begin the windows stage of a run folder, or go on with it; returns True when it is done.
+
+    Raises:
+        OutputError: the folder holds windows of another run.
     """
     identity = {
         "inputs": [[source.url, source.size, source.version] for source in sources],
@@ -108,73 +152,124 @@ def cut_sources(
         "seed": options.seed if options.sample else None,
         "limit": options.limit,
         "shard_tokens": options.shard_tokens,
+        "piece_bytes": options.piece_bytes,
     }
-    if folder.begin("windows", identity, overwrite=overwrite):
-        return dict(folder.section("windows")["counts"])
-    done = folder.records("windows")
-    begun = {shard: Place(**content) for shard, content in folder.places().items()}
+    return folder.begin("windows", identity, overwrite=overwrite)
+
+
+def cut_pieces(
+    pieces: Mapping[str, Piece],
+    folder: RunFolder,
+    model: ModelOptions,
+    options: WindowOptions,
+    progress: Progress,
+    on_part: Callable[[Path], None] = lambda path: None,
+    on_begin: Callable[[str], None] = lambda shard: None,
+    *,
+    read_before: int = 0,
+) -> list[str]:
+    """Cut pieces, by their shards, which have no records yet, and record each one that is done.
+
+    Args:
+        on_part: called for every file of windows when it is there.
+        on_begin: called with every shard before it is cut.
+        read_before: documents of other pieces, which count for `options.limit`.
+
+    Returns:
+        Why, for each file that could not be read or not to its end; all other pieces are done.
+    """
     cutter = Cutter(model, options)
-    left: list[tuple[str, Source, Place]] = []
-    written, quarantined = _parts_by_source(folder.windows), _parts_by_source(folder.quarantine)
-    for number, source in enumerate(sources):
-        shard = f"{number:05d}"
-        parts = written.get(shard, [])
-        if shard not in done:
-            place = begun.get(shard, Place())
-            left.append((shard, source, place))
-            # What was written after the last place was marked is cut anew.
-            for leftover in (*parts[place.parts :], *quarantined.get(shard, [])[place.quarantined :]):
-                leftover.unlink()
-            parts = parts[: place.parts]
-        for path in parts:
+    begun = {shard: Place(**content) for shard, content in folder.places().items()}
+    places = {shard: begun.get(shard, Place()) for shard in pieces}
+    numbers = _RowNumbers(folder, options.piece_bytes)
+    windows, quarantine = _parts(folder.windows), _parts(folder.quarantine)
+    for shard, place in places.items():
+        for path in windows.get(shard, [])[: place.windows]:
             on_part(path)
-            if cutter.sample is not None:
-                for window_id in pq.read_table(path, columns=["window_id"])["window_id"].to_pylist():
-                    cutter.sample.offer(sample_key(window_id, options.seed))
-    total, bytes_left = (sum(source.size for source in some) for some in (sources, (source for _, source, _ in left)))
-    with Progress("windows", total, "bytes", done=total - bytes_left, quiet=quiet) as progress, ExitStack() as stack:
 
-        def rows() -> Iterator[Iterator[Document | BadRow]]:
-            for _, source, place in left:
-                documents = read_documents(source, cutter.read, progress.advance)
-                if options.limit is None:
-                    documents = _as_far_as_it_goes(documents, source)
-                else:
-                    documents = first_documents(documents, options.limit - sum(r["documents"] for r in done.values()))
-                yield islice(documents, place.rows, None)
+    def read(shard: str, piece: Piece) -> Iterator[Document | BadRow]:
+        try:
+            first = numbers.first(shard, piece)
+            end = yield from read_piece(piece, first, cutter.read, progress.advance)
+        except InputError as error:
+            yield _Unread(piece.source.url, None, str(error), "")
+        else:
+            numbers.note(shard, piece, end - first)
 
-        processes = _processes(options, bytes_left)
+    def rows() -> Iterator[Iterator[Document | BadRow]]:
+        left = None if options.limit is None else options.limit - read_before
+        for shard, piece in pieces.items():
+            documents = read(shard, piece)
+            if left is not None:
+                documents = first_documents(documents, left)
+            yield islice(documents, places[shard].rows, None)
+            if left is not None:
+                left -= records[shard]["documents"]
+
+    records: dict[str, dict[str, Any]] = {}
+    unread: dict[str, str] = {}
+    with ExitStack() as stack:
+        processes = _processes(options, sum(piece.size for piece in pieces.values()))
         cut_rows: Iterator[Iterator[Window | TooShort | BadRow]]
         if processes > 1:
             cutters = stack.enter_context(Cutters(processes, lambda: (cutter.tokenizer, cutter.length)))
-            # With a limit, what is read of a source depends on how many documents those before it had.
+            # With a limit, what is read of a piece depends on how many documents those before it had.
             together = [rows()] if options.limit is None else ([some] for some in rows())
             cut_rows = chain.from_iterable(map(cutters.cut_each, together))
         else:
             cut_rows = map(cutter.windows, rows())
-        unread: list[InputError] = []
-        for (shard, _, place), cut in zip(left, cut_rows, strict=True):
+        for shard, cut in zip(pieces, cut_rows, strict=True):
+            on_begin(shard)
             try:
-                done[shard] = cutter.keep(cut, shard, place, folder, progress, on_part)
+                records[shard] = cutter.keep(
+                    cut,
+                    places[shard],
+                    _Parts(folder.windows, shard, windows_table, windows.get(shard, []), on_part),
+                    _Parts(folder.quarantine, shard, _quarantine_table, quarantine.get(shard, [])),
+                    progress,
+                    mark=partial(folder.mark_place, shard),
+                )
             except InputError as error:
-                unread.append(error)
+                if options.limit is not None:
+                    raise
+                unread.setdefault(pieces[shard].source.url, str(error))
             else:
-                folder.record("windows", shard, done[shard])
-    if unread:
-        raise InputError(
-            f"{len(unread):,} of {len(sources):,} files could not be read; all others were cut. The same command tries "
-            "them again. " + "; ".join(map(str, unread[:_NAMED])) + ("; …" if len(unread) > _NAMED else "")
-        )
-    if cutter.sample is not None:
-        _keep_sample(folder, cutter.sample.threshold, options.seed)
-    counts = _sum_counts(done.values())
-    if cutter.sample is not None:
-        counts |= {"windows_before_sample": counts["windows"], **_count_sample(folder)}
-    seconds = sum(record["seconds"] for record in done.values())
-    # A source that an earlier process cut may be the one that had text.
-    text = {key: next((r[key] for r in done.values() if r[key] is not None), None) for key in ("tokenizer", "length")}
-    folder.finish("windows", {"counts": counts, "seconds": seconds, **text})
-    return counts
+                folder.record("windows", shard, records[shard])
+    return list(unread.values())
+
+
+class _RowNumbers:
+    """Which row of its file each piece begins with: of JSON lines, the lines of those before it tell."""
+
+    def __init__(self, folder: RunFolder, piece_bytes: int) -> None:
+        self._folder, self._piece_bytes = folder, piece_bytes
+        self._lines = folder.line_counts()
+        self._firsts: dict[str, list[int]] = {}  # of the pieces of a file, as far as they are known
+
+    def first(self, shard: str, piece: Piece) -> int:
+        """Of a format that tells it by itself, 0; lines that nothing has counted yet are counted.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        if piece.source.format != "jsonl" or piece.start == 0:
+            return 0
+        file, _, index = shard.partition("-")
+        firsts = self._firsts.setdefault(file, [0])
+        if len(firsts) <= int(index):
+            before = piece.source.pieces(self._piece_bytes)
+            for number in range(len(firsts) - 1, int(index)):
+                name = piece_name(int(file), number)
+                if name not in self._lines:
+                    self.note(name, before[number], count_lines(before[number]))
+                firsts.append(firsts[-1] + self._lines[name])
+        return firsts[int(index)]
+
+    def note(self, shard: str, piece: Piece, lines: int) -> None:
+        """Remember, beyond this process, how many lines begin in a piece."""
+        if piece.source.format == "jsonl" and piece.stop < piece.source.size:
+            self._lines[shard] = lines
+            self._folder.note_lines(shard, lines)
 
 
 def _processes(options: WindowOptions, size: int) -> int:
@@ -187,19 +282,19 @@ def _processes(options: WindowOptions, size: int) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """How far a source was cut when a part of its windows was written.
+    """How far a piece was cut when a part of its windows was written.
 
     Attributes:
         rows: documents and bad rows before the one that its last window is of.
-        windows: of that one, which are written.
-        parts, quarantined: files of windows and of the quarantine that are written.
-        record: what was counted so far, as in the record of a finished source.
+        row_windows: of that one, which are written.
+        windows, quarantine: numbers of the next file of each.
+        record: what was counted so far, as in the record of a finished piece.
     """
 
     rows: int = 0
+    row_windows: int = 0
     windows: int = 0
-    parts: int = 0
-    quarantined: int = 0
+    quarantine: int = 0
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -236,28 +331,28 @@ class Cutter:
     def keep(
         self,
         rows: Iterable[Window | TooShort | BadRow],
-        shard: str,
         place: Place,
-        folder: RunFolder,
+        windows: _Parts[Window],
+        quarantine: _Parts[BadRow],
         progress: Progress,
-        on_part: Callable[[Path], None],
+        mark: Callable[[dict[str, Any]], None],
     ) -> dict[str, Any]:
-        """Write what became of one source into the parts `<shard>-<part>.parquet`; returns what was counted.
+        """Write what became of one piece into its parts; returns what was counted.
 
         Args:
-            rows: of the source, from the row `place.rows` on.
+            rows: of the piece, from its row `place.rows` on.
             place: how far an earlier process came.
+            mark: writes how far this one has come.
 
         Raises:
-            InputError: the source could not be read, or not to its end.
+            InputError: the file could not be read, or not to its end.
         """
         started = time.perf_counter()
         tally = Tally(
             **{name: place.record.get(name, 0) for name in _COUNTS},
             bad_rows=Counter(place.record.get("reasons", {})),
         )
-        windows = _Parts(folder.windows, shard, windows_table, on_part, place.parts)
-        quarantine = _Parts(folder.quarantine, shard, _quarantine_table, written=place.quarantined)
+        windows.number, quarantine.number = place.windows, place.quarantine
         tokens = 0
         unread: _Unread | None = None
 
@@ -273,7 +368,7 @@ class Cutter:
                 **about,
             }
 
-        for row in islice(rows, place.windows, None):
+        for row in islice(rows, place.row_windows, None):
             tally.add(row)
             if isinstance(row, _Unread):
                 unread = row  # the last, but rows have to be used up
@@ -285,18 +380,18 @@ class Cutter:
                 progress.count(windows=1)
                 if self.sample is None or self.sample.offer(sample_key(row.window_id, self.options.seed)):
                     windows.add(row)
-                    tokens += len(row.input_ids)
-                    if tokens >= self.options.shard_tokens:
-                        quarantine.write()
-                        windows.write()
-                        tokens = 0
-                        before = tally.documents + tally.bad_rows.total() - 1
-                        reached = Place(before, row.index + 1, windows.written, quarantine.written, record())
-                        folder.mark_place(shard, dataclasses.asdict(reached))
+                tokens += len(row.input_ids)
+                if tokens >= self.options.shard_tokens:
+                    quarantine.write()
+                    windows.write()
+                    tokens = 0
+                    before = tally.documents + tally.bad_rows.total() - 1
+                    reached = Place(before, row.index + 1, windows.number, quarantine.number, record())
+                    mark(dataclasses.asdict(reached))
         if unread is not None:
             raise InputError(unread.reason)
-        windows.write()
-        quarantine.write()
+        windows.end()
+        quarantine.end()
         return record()
 
     def windows(self, rows: Iterable[Document | BadRow]) -> Iterator[Window | TooShort | BadRow]:
@@ -315,13 +410,6 @@ class _Unread(BadRow):
     """In place of the rows that a source could not give: it goes the way that they would have gone."""
 
 
-def _as_far_as_it_goes(rows: Iterable[Document | BadRow], source: Source) -> Iterator[Document | BadRow]:
-    try:
-        yield from rows
-    except InputError as error:
-        yield _Unread(source.url, None, str(error), "")
-
-
 @dataclass
 class _Parts(Generic[Row]):
     """Rows of one shard that are written a file at a time, `<shard>-<part>.parquet`."""
@@ -329,28 +417,42 @@ class _Parts(Generic[Row]):
     folder: Path
     shard: str
     as_table: Callable[[list[Row]], pa.Table]
+    there: list[Path]  # of an earlier process
     on_part: Callable[[Path], None] = lambda path: None
-    written: int = 0
+    number: int = 0  # of the part that is next
     held: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
         self.held.append(row)
 
     def write(self) -> None:
+        """End a part; one without rows has a number and no file, so that what a part is called tells what it is of."""
         if self.held:
-            path = self.folder / f"{self.shard}-{self.written:05d}.parquet"
+            path = self.folder / f"{self.shard}-{self.number:05d}.parquet"
             with publish(path) as temporary:
                 pq.write_table(self.as_table(self.held), temporary, compression="zstd")
-            self.held, self.written = [], self.written + 1
+            self.held = []
             self.on_part(path)
+        self.number += 1
+
+    def end(self) -> None:
+        """Write the last part. What an earlier process wrote beyond is of another version of what cuts."""
+        self.write()
+        for path in self.there:
+            if _part_number(path) >= self.number:
+                path.unlink(missing_ok=True)
 
 
-def _parts_by_source(folder: Path) -> dict[str, list[Path]]:
-    """The parts that are there, in order; the folder is listed once for all sources."""
+def _parts(folder: Path) -> dict[str, list[Path]]:
+    """The parts that are there by their shards, in order; the folder is listed once for all."""
     parts: dict[str, list[Path]] = {}
     for path in parquet_files(folder):
-        parts.setdefault(path.stem.partition("-")[0], []).append(path)
+        parts.setdefault(path.stem.rpartition("-")[0], []).append(path)
     return parts
+
+
+def _part_number(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
 
 
 def _quarantine_table(rows: list[BadRow]) -> pa.Table:
@@ -366,23 +468,29 @@ def load_tokenizer(model: str, revision: str | None, trust_remote_code: bool) ->
 
 def first_documents(rows: Iterable[Document | BadRow], limit: int) -> Iterator[Document | BadRow]:
     left = limit
+    if left <= 0:
+        return
     for row in rows:
+        yield row
+        left -= isinstance(row, Document)
         if left == 0:
             return
-        left -= isinstance(row, Document)
-        yield row
 
 
-def _keep_sample(folder: RunFolder, threshold: int | None, seed: int) -> None:
-    """Drop the windows that are not in the sample; each source kept those that might be."""
-    if threshold is None:
-        return
-    for path in parquet_files(folder.windows):
+def _keep_sample(folder: RunFolder, size: int, seed: int) -> None:
+    """Drop the windows that are not in the sample; whoever cut them kept those that might be."""
+    sample = BottomK(size)
+    files = parquet_files(folder.windows)
+    for path in files:
+        for window_id in pq.read_table(path, columns=["window_id"])["window_id"].to_pylist():
+            sample.offer(sample_key(window_id, seed))
+    threshold = sample.threshold or 0
+    for path in files:
         table = pq.read_table(path)
         kept = [sample_key(window_id, seed) <= threshold for window_id in table["window_id"].to_pylist()]
         if not any(kept):
             path.unlink()
-        elif not all(kept):
+        else:  # also where all are kept: read and written once more, they are other bytes
             with publish(path) as temporary:
                 pq.write_table(table.filter(pa.array(kept)), temporary, compression="zstd")
 

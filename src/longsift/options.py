@@ -57,9 +57,12 @@ class WindowOptions:
     )
     max_bad: float = _flag(0.001, "Share of bad rows (or failed windows) above which the exit code is 1.")
     shard_tokens: int = _flag(1 << 20, "Tokens in a shard, the unit in which windows are scored and a run goes on.")
+    piece_bytes: int = _flag(
+        1 << 28, "Bytes of a file that are cut as one piece, by one task of a cluster. Compressed files are one piece."
+    )
 
     def __post_init__(self) -> None:
-        for name in ("window", "sample", "limit", "cut_workers", "shard_tokens"):
+        for name in ("window", "sample", "limit", "cut_workers", "shard_tokens", "piece_bytes"):
             _check(self, name, lambda value: value >= 1, "at least 1")
         _check(self, "max_bad", lambda value: 0 <= value <= 1, "a share from 0 to 1")
         _check(self, "seed", lambda value: -(2**63) <= value < 2**63, "a 64-bit number")

@@ -1,6 +1,7 @@
 """A run folder and its shards: what was asked, what is done, and what a restart may go on with.
 
-A shard is the unit of work, retry and resume. Its tables are published whole or not at all
+A shard is the unit of work, retry and resume: a piece of a file that is cut into windows, or a file of windows that is
+scored. Its tables are published whole or not at all
 (`longsift.tables.publish`), and a small JSON record beside them, written last, says that it is done and what
 it counted. Records hold times; tables do not, so that the same input gives the same bytes.
 """
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -20,17 +21,32 @@ from typing import IO, Any, Literal
 from longsift import __version__
 from longsift.errors import OutputError, ShardsSetAside
 from longsift.jobs import check_ended
+from longsift.sources import Piece, Source
 from longsift.tables import publish
 
 Stage = Literal["windows", "scores", "selected"]
 _STAGES: tuple[Stage, ...] = ("windows", "scores", "selected")
 _OUTPUTS: dict[Stage, tuple[str, ...]] = {
-    "windows": ("windows", "quarantine", "shards/windows", "shards/begun"),
+    "windows": ("windows", "quarantine", "shards/windows", "shards/begun", "shards/lines"),
     "scores": ("scores", "shards/scores", "shards/set-aside", "shards/now.json", "maps", "compare.html"),
     "selected": ("selected", "report.html"),
 }
 _NAMED = 5  # shards that a message names
 _LOOKS = 5  # at a lock that another may hold for a moment
+
+
+def piece_name(file: int, piece: int) -> str:
+    """The shard of the windows stage that is a piece of a file, both counted from 0; its tables add a number."""
+    return f"{file:05d}-{piece:05d}"
+
+
+def plan_pieces(sources: Sequence[Source], piece_bytes: int) -> dict[str, Piece]:
+    """The pieces that files are cut in, in order, by the names of their shards."""
+    return {
+        piece_name(number, index): piece
+        for number, source in enumerate(sources)
+        for index, piece in enumerate(source.pieces(piece_bytes))
+    }
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -178,12 +194,21 @@ class RunFolder:
         folder = self.path / "shards" / stage
         return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
-    def mark_place(self, source: str, content: dict[str, Any]) -> None:
-        """Write how far a source is cut into windows."""
-        write_json(self.path / "shards" / "begun" / f"{source}.json", content)
+    def mark_place(self, shard: str, content: dict[str, Any]) -> None:
+        """Write how far a shard of the windows stage is cut."""
+        write_json(self.path / "shards" / "begun" / f"{shard}.json", content)
+
+    def note_lines(self, shard: str, lines: int) -> None:
+        """Write how many lines of its file begin in a shard of the windows stage."""
+        write_json(self.path / "shards" / "lines" / f"{shard}.json", lines)
+
+    def line_counts(self) -> dict[str, int]:
+        """How many lines of its file begin in each shard of the windows stage, where that was noted."""
+        paths = (self.path / "shards" / "lines").glob("*.json")
+        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
     def places(self) -> dict[str, dict[str, Any]]:
-        """How far the sources are cut that are begun and not done, by their number."""
+        """How far the shards of the windows stage are cut that are begun and not done."""
         paths = (self.path / "shards" / "begun").glob("*.json")
         return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)}
 
