@@ -237,7 +237,7 @@ def worker_rows(
     for number in workers:
         out = folder / f"workers-{number}"
         model = ModelOptions(model=models.of(case))
-        pipeline.prepare_windows([str(run)], out, model, quiet=True)
+        pipeline.folder_to_score([str(run)], out)
         options = ScoreOptions(method=case.method, device=device, workers=number)
         seconds = _seconds(lambda: pipeline.score(out, model, options, quiet=True))  # noqa: B023 called here
         tokens = RunFolder(out).section("scores")["counts"]["tokens"]

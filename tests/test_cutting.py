@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from longsift.cutting import cut_pieces, cut_sources
+from longsift.cutting import begin_windows, cut_pieces, cut_sources
 from longsift.options import ModelOptions, WindowOptions
 from longsift.progress import Progress
 from longsift.shards import RunFolder, plan_pieces
@@ -19,6 +19,7 @@ from longsift.sources import find_sources
 from longsift.status import run_status
 from longsift.tables import parquet_files
 
+QUIET = Progress("windows", 1, "bytes", quiet=True)
 WORDS = ["river", "stone", "of", "the", "light", "and", "seven", "under", "letters", "\n", "count", "again", "."]
 
 
@@ -154,14 +155,13 @@ def test_pieces_that_are_cut_elsewhere_in_any_order_give_the_same_tables(tmp_pat
     sources, folder = find_sources(inputs), RunFolder(tmp_path / "out")
     pieces = plan_pieces(sources, options.piece_bytes)
 
-    def elsewhere(shards: list[str], progress: Progress) -> None:
-        random.Random(1).shuffle(shards)
-        for share in (shards[::3], shards[::3], shards[1::3]):  # the rest is left; a share is done twice
-            some = {shard: pieces[shard] for shard in share}
-            assert cut_pieces(some, folder, ModelOptions(), options, Progress("", 1, "bytes", quiet=True)) == []
-
     with folder.lock():
-        cut_sources(sources, folder, ModelOptions(), options, overwrite=False, quiet=True, elsewhere=elsewhere)
+        begin_windows(sources, folder, ModelOptions(), options, overwrite=False)
+        shards = random.Random(1).sample(list(pieces), len(pieces))
+        for share in (shards[::3], shards[::3], shards[1::3]):  # one is done twice, one is left
+            some = {shard: pieces[shard] for shard in share}
+            assert cut_pieces(some, folder, ModelOptions(), options, QUIET) == []
+        cut_sources(sources, folder, ModelOptions(), options, overwrite=False, quiet=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "here")
     here, out = (RunFolder(tmp_path / name).section("windows")["counts"] for name in ("here", "out"))
     if "sample" in more:
@@ -175,20 +175,17 @@ def test_two_at_one_piece_do_no_harm(tmp_path):
     cut(inputs, tmp_path / "quiet", options)
     sources, folder = find_sources(inputs), RunFolder(tmp_path / "out")
     pieces = plan_pieces(sources, options.piece_bytes)
-    quiet = Progress("", 1, "bytes", quiet=True)
+    written: list[Path] = []
 
-    def cut_twice(shards: list[str], progress: Progress) -> None:
-        beside: list[Path] = []
-
-        def and_beside(path: Path) -> None:
-            beside.append(path)
-            if len(beside) == 3:  # another begins where this one has written and not yet said so, and overtakes it
-                assert cut_pieces(pieces, folder, ModelOptions(), options, quiet) == []
-
-        assert cut_pieces(pieces, folder, ModelOptions(), options, quiet, and_beside) == []
+    def beside(path: Path) -> None:
+        written.append(path)
+        if len(written) == 3:  # another begins where this one has written and not yet said so, and overtakes it
+            assert cut_pieces(pieces, folder, ModelOptions(), options, QUIET) == []
 
     with folder.lock():
-        cut_sources(sources, folder, ModelOptions(), options, overwrite=False, quiet=True, elsewhere=cut_twice)
+        begin_windows(sources, folder, ModelOptions(), options, overwrite=False)
+        assert cut_pieces(pieces, folder, ModelOptions(), options, QUIET, beside) == []
+        cut_sources(sources, folder, ModelOptions(), options, overwrite=False, quiet=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "quiet")
     counts = (RunFolder(tmp_path / name).section("windows")["counts"] for name in ("quiet", "out"))
     assert next(counts) == next(counts)

@@ -86,7 +86,7 @@ def test_maps_that_cannot_be_measured_leave_a_report_and_a_warning(
 
 def test_another_method_is_shown_beside_with_its_agreement_at_the_cut(run: Path, browser: Browser) -> None:
     other = run.parent / "ladm"
-    pipeline.prepare_windows([str(run)], other)
+    pipeline.folder_to_score([str(run)], other)
     pipeline.score(other, ModelOptions(), ScoreOptions(method="ladm", span=16, d_afs=2, d_cds=2), quiet=True)
     watched = browser.open(pipeline.report(run, against=other))
     watched.wait("document.documentElement.dataset.drawn")

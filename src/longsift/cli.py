@@ -246,9 +246,8 @@ def run(
 
         slurm.check(out, scores, engine)
         pipeline.check_flags(model, windows, scores, selection)
-        pipeline.cut(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
-        pipeline.check_mix(out, selection)
-        _print(slurm.submit(out, model, scores, engine, selection, max_bad=windows.max_bad), as_json)
+        parts = model, scores, engine, selection
+        _print(slurm.submit(out, *parts, windows=windows, inputs=inputs, overwrite=overwrite, quiet=quiet), as_json)
         return
     cluster = _ray_cluster(scores, engine)
     result = pipeline.run(
@@ -313,11 +312,15 @@ def score(
         from longsift.engines import slurm
 
         slurm.check(out or inputs[0], scores, engine)
-        folder = pipeline.prepare_windows(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
-        _print(slurm.submit(folder, model, scores, engine, max_bad=windows.max_bad, overwrite=overwrite), as_json)
+        parts = model, scores, engine
+        folder, documents = pipeline.folder_to_score(inputs, out, windows, overwrite=overwrite)
+        submitted = slurm.submit(folder, *parts, windows=windows, inputs=documents, overwrite=overwrite, quiet=quiet)
+        _print(submitted, as_json)
         return
     cluster = _ray_cluster(scores, engine)
-    folder = pipeline.prepare_windows(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
+    folder, documents = pipeline.folder_to_score(inputs, out, windows, overwrite=overwrite)
+    if documents is not None:
+        pipeline.cut(documents, folder, model, windows, overwrite=overwrite, quiet=quiet, cluster=cluster)
     _print(pipeline.score(folder, model, scores, overwrite=overwrite, quiet=quiet, cluster=cluster), as_json)
     pipeline.check_bad(folder, windows.max_bad)
 

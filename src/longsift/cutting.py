@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from longsift.documents import BadRow, Document, ReadOptions, count_lines, read_piece
 from longsift.engines.cutters import Cutters
 from longsift.errors import InputError
-from longsift.options import ModelOptions, WindowOptions
+from longsift.options import EngineOptions, ModelOptions, WindowOptions
 from longsift.progress import Progress
 from longsift.shards import RunFolder, piece_name, plan_pieces
 from longsift.sources import Piece, Source, find_sources
@@ -60,12 +60,14 @@ def cut(
     *,
     overwrite: bool = False,
     quiet: bool = False,
+    cluster: EngineOptions | None = None,
 ) -> dict[str, Any]:
     """Read documents and cut them into windows of token ids, one piece of a file after the other.
 
     Args:
         inputs: files, folders, globs or urls (see `longsift.documents.find_sources`).
         out: folder of the run.
+        cluster: cut them on a Ray cluster, not here.
 
     Returns:
         Counts: documents, bad_rows, too_short, windows, tokens.
@@ -77,7 +79,7 @@ def cut(
     sources = find_sources(inputs)
     folder = RunFolder(out)
     with folder.lock():
-        return cut_sources(sources, folder, model, options, overwrite=overwrite, quiet=quiet)
+        return cut_sources(sources, folder, model, options, overwrite=overwrite, quiet=quiet, cluster=cluster)
 
 
 def cut_sources(
@@ -89,7 +91,7 @@ def cut_sources(
     overwrite: bool,
     quiet: bool,
     on_part: Callable[[Path], None] = lambda path: None,
-    elsewhere: Callable[[Sequence[str], Progress], None] | None = None,
+    cluster: EngineOptions | None = None,
 ) -> dict[str, Any]:
     """Do as `cut` in a run folder whose lock is held.
 
@@ -97,7 +99,7 @@ def cut_sources(
 
     Args:
         on_part: called for every file of the windows table, those of an earlier process too, when it is there.
-        elsewhere: cuts the named pieces of `plan_pieces` on other machines; what it leaves is cut here.
+        cluster: cut on a Ray cluster, where that can be; what its tasks cannot read is tried here once more.
     """
     if begin_windows(sources, folder, model, options, overwrite=overwrite):
         return dict(folder.section("windows")["counts"])
@@ -108,8 +110,10 @@ def cut_sources(
         on_part(path)
     size, cut_before = (sum(pieces[shard].size for shard in some) for some in (pieces, done))
     with Progress("windows", size, "bytes", done=cut_before, quiet=quiet) as progress:
-        if elsewhere is not None:
-            elsewhere([shard for shard in pieces if shard not in done], progress)
+        if cluster is not None and can_be_cut_elsewhere(sources, options):
+            from longsift.engines.ray_cluster import cut_on_cluster
+
+            cut_on_cluster(folder, model, options, cluster, [s for s in pieces if s not in done], progress)
             done = folder.records("windows")
         left = {shard: piece for shard, piece in pieces.items() if shard not in done}
         read_before = sum(record["documents"] for record in done.values())
@@ -236,6 +240,25 @@ def cut_pieces(
             else:
                 folder.record("windows", shard, records[shard])
     return list(unread.values())
+
+
+def can_be_cut_elsewhere(sources: Sequence[Source], options: WindowOptions) -> bool:
+    """Whether other machines can cut the pieces of these files.
+
+    Not where a limit has one piece wait for those before it; nor where an address has a secret, which would have to be
+    written down for them.
+    """
+    return options.limit is None and all(source.address == source.url for source in sources)
+
+
+def uncounted(folder: RunFolder) -> list[str]:
+    """The pieces whose lines have to be counted before those after them, in the same file, are cut without them."""
+    counts = folder.line_counts()
+    return [
+        shard
+        for shard, piece in folder.pieces().items()
+        if piece.source.format == "jsonl" and piece.stop < piece.source.size and shard not in counts
+    ]
 
 
 class _RowNumbers:

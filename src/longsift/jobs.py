@@ -38,7 +38,7 @@ def at_work(out: Path, task: str, shards: Callable[[], list[str]]) -> Iterator[N
 
     def renew() -> None:
         while True:
-            content = {"process": f"{os.getpid()} on {platform.node()}", "shards": shards()}
+            content = {"task": task, "process": f"{os.getpid()} on {platform.node()}", "shards": shards()}
             # A full disk is the next table's to tell.
             with suppress(OSError, OutputError), publish(path) as temporary:
                 temporary.write_text(json.dumps(content), "utf-8")
@@ -57,7 +57,7 @@ def at_work(out: Path, task: str, shards: Callable[[], list[str]]) -> Iterator[N
 
 
 def tasks_at_work(out: Path) -> list[dict[str, Any]]:
-    """What the tasks that work in a run folder now say of themselves: `process` and `shards`."""
+    """What the tasks that work in a run folder now say of themselves: `task`, `process` and `shards`."""
     found = []
     for path in sorted((out / "jobs" / "now").glob("*.json")):
         with suppress(FileNotFoundError):  # it has ended meanwhile

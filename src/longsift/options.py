@@ -153,6 +153,11 @@ class EngineOptions:
         """The GPUs of a task."""
         return 1 if self.gpus_per_task is None else self.gpus_per_task
 
+    @property
+    def cpus(self) -> int:
+        """The cores of a task."""
+        return self.cpus_per_task or 4
+
     def of_tasks(self, options: ScoreOptions) -> ScoreOptions:
         """The options of scoring in a task, with its device, which this machine need not have.
 

@@ -32,16 +32,13 @@ log = logging.getLogger(__name__)
 DEFAULT_KEEP = 0.125
 
 
-def prepare_windows(
-    inputs: Sequence[str],
-    out: Path | str | None,
-    model: ModelOptions = ModelOptions(),
-    options: WindowOptions = WindowOptions(),
-    *,
-    overwrite: bool = False,
-    quiet: bool = False,
-) -> Path:
-    """The run folder to score: the one given, a new one on the windows of the one given, or one cut from documents.
+def folder_to_score(
+    inputs: Sequence[str], out: Path | str | None, options: WindowOptions = WindowOptions(), *, overwrite: bool = False
+) -> tuple[Path, Sequence[str] | None]:
+    """The run folder to score: the one given, a new one on the windows of the one given, or one for documents.
+
+    Returns:
+        The folder, and the documents that are still to be cut for it; None where its windows are there.
 
     Raises:
         UsageError: documents without a folder for the run; options that would cut other windows than the folder's.
@@ -52,10 +49,9 @@ def prepare_windows(
     if given is None:
         if out is None:
             raise UsageError("Scoring documents needs a folder for the run: -o OUT.")
-        cut(inputs, out, model, options, overwrite=overwrite, quiet=quiet)
-        return Path(out)
+        return Path(out), inputs
     if out is None or Path(out).resolve() == given.resolve():
-        return given
+        return given, None
     source, folder = RunFolder(given), RunFolder(out)
     section = source.section("windows")
     with folder.lock():
@@ -67,7 +63,7 @@ def prepare_windows(
             folder.clear("windows")
             folder.clear("scores")
             folder.replace("windows", shared)
-    return Path(out)
+    return Path(out), None
 
 
 def run_folder(inputs: Sequence[str]) -> Path | None:
@@ -384,7 +380,7 @@ def run(
     """Do all stages; a run that was stopped goes on where it was.
 
     Args:
-        cluster: score on a Ray cluster, not here.
+        cluster: cut and score on a Ray cluster, not here.
 
     Returns:
         The results of the stages, by name, and the report's path.
@@ -402,6 +398,7 @@ def run(
             quiet=quiet,
             # Which windows a sample has is known at the end only.
             on_part=stage.offer if windows.sample is None and stage.apart else lambda path: None,
+            cluster=cluster,
         )
         check_mix(out, selection)
         counts = stage.finish()

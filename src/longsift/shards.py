@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 from longsift import __version__
 from longsift.errors import OutputError, ShardsSetAside
 from longsift.jobs import check_ended
-from longsift.sources import Piece, Source
+from longsift.sources import Piece, Source, listed_sources
 from longsift.tables import publish
 
 Stage = Literal["windows", "scores", "selected"]
@@ -110,6 +110,11 @@ class RunFolder:
             }
             raise OutputError(f"{self.path} has no finished {stage}. Run '{needed[stage]}' first.")
         return section
+
+    def pieces(self) -> dict[str, Piece]:
+        """The pieces of files that the windows stage was begun with, by their shards."""
+        identity = self.manifest()["windows"]["identity"]
+        return plan_pieces(listed_sources(identity["inputs"]), identity["piece_bytes"])
 
     def begin(self, stage: Stage, identity: dict[str, Any], *, overwrite: bool = False) -> bool:
         """Start or continue a stage; returns True when it is already done.

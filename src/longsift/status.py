@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from longsift.errors import OutputError
 from longsift.jobs import tasks_at_work
-from longsift.shards import RunFolder, plan_pieces
-from longsift.sources import listed_sources
+from longsift.shards import RunFolder
 from longsift.tables import parquet_files
 
 if TYPE_CHECKING:
@@ -43,14 +42,14 @@ def run_status(out: Path) -> dict[str, Any]:
     if windows:
         records: Collection[dict[str, Any]] = folder.records("windows").values()
         names = ("documents", "bad_rows", "too_short", "windows", "tokens")
-        cut, done = windows["identity"], windows["status"] == "done"
+        done = windows["status"] == "done"
         begun = [place["record"] for place in folder.places().values()]
         counts = windows["counts"] if done else _sums([*records, *begun], *names)
         state["windows"] = {
             "state": stage_state(windows["status"]),
             "pieces done": len(records),
-            "pieces": len(plan_pieces(listed_sources(cut["inputs"]), cut["piece_bytes"])),
-            "sources": len(cut["inputs"]),
+            "pieces": len(folder.pieces()),
+            "sources": len(windows["identity"]["inputs"]),
             **{name: counts[name] for name in names},
         }
         if "folder" in windows:

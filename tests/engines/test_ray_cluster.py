@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ pytestmark = [
 ]
 
 MEASURE = ["--method", "ladm", "--span", "16", "--d-afs", "1", "--d-cds", "1"]
-SMALL = ["--window", "512", "--shard-tokens", "512"]
+SMALL = ["--window", "512", "--shard-tokens", "512", "--piece-bytes", "10000"]
 TASK = ["--engine", "ray", "--gpus-per-task", "0", "--cpus-per-task", "1", "--mem-per-cpu", "1"]
 
 
@@ -61,14 +62,16 @@ def contents(out: Path) -> dict[str, bytes]:
     }
 
 
-def wait_for_tasks(process: subprocess.Popen[str], out: Path) -> list[int]:
-    """The processes of two tasks, as soon as both are at work."""
+def wait_for_tasks(process: subprocess.Popen[str], out: Path, count: int = 2, what: str = "") -> list[int]:
+    """The processes of `count` tasks that score, or do something else, as soon as so many are at work."""
     until = time.monotonic() + 120
-    while len(tasks := tasks_at_work(out)) < 2:
+    while True:
+        tasks = [task for task in tasks_at_work(out) if re.search(rf"\.{what}-?\d-\d$", task["task"])]
+        if len(tasks) >= count:
+            return [int(task["process"].split()[0]) for task in tasks]
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until
         time.sleep(0.02)
-    return [int(task["process"].split()[0]) for task in tasks]
 
 
 def parent(process: int) -> int:
@@ -97,19 +100,24 @@ def test_a_run_on_two_nodes_writes_the_bytes_of_a_local_one(address, arguments, 
     assert RunFolder(tmp_path).section("scores")["identity"] == RunFolder(alone).section("scores")["identity"]
     assert RunFolder(tmp_path).section("scores")["calculator"] == RunFolder(alone).section("scores")["calculator"]
     assert "scores on a Ray cluster: " in errors
+    assert len(RunFolder(tmp_path).records("windows")) > 5
+    did = {path.suffix.partition("-")[0] for path in (tmp_path / "jobs").iterdir()}
+    assert did == {"", ".lines", ".windows", ".1"}  # of tasks that count, cut and score; and the signs of life
     assert (tmp_path / "report.html").is_file()
     assert not tasks_at_work(tmp_path)
 
 
 def test_tasks_that_are_killed_or_whose_actors_are_are_begun_again(address, arguments, alone, tmp_path):
     process = start(*arguments, "-o", tmp_path, *TASK, "--address", address, "--tasks", 2)
-    tasks = wait_for_tasks(process, tmp_path)
-    os.kill(tasks[0], signal.SIGKILL)
-    os.kill(parent(tasks[1]), signal.SIGKILL)
+    [cutting] = wait_for_tasks(process, tmp_path, 1, "windows")[:1]
+    os.kill(cutting, signal.SIGKILL)
+    scoring = wait_for_tasks(process, tmp_path)
+    os.kill(scoring[0], signal.SIGKILL)
+    os.kill(parent(scoring[1]), signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert contents(tmp_path) == contents(alone)
-    assert all(map(gone, tasks))
+    assert all(map(gone, [cutting, *scoring]))
 
 
 def test_tasks_end_with_the_process_that_asked_for_them_and_the_same_command_goes_on(

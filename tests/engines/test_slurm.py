@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +14,7 @@ import pytest
 
 import slurm_cluster
 from longsift.shards import RunFolder
+from longsift.tables import parquet_files
 from slurm_cluster import slurm, wait_for_jobs
 
 pytest.importorskip("datatrove", reason="needs longsift[datatrove]")
@@ -63,6 +66,10 @@ def test_a_job_array_gives_the_bits_of_a_run(cluster, corpus, ladm, table, docum
     assert counted["documents"]["total"] == len(documents)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in parquet_files(folder)}
+
+
 def longsift(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "longsift", *map(str, arguments)], capture_output=True, text=True)
 
@@ -71,25 +78,55 @@ def test_a_run_through_slurm_writes_the_bytes_of_a_local_one(cluster, corpus, mo
     out = tmp_path / "out"
     measure = ["--method", "ladm", "--span", "16", "--d-afs", "1", "--d-cds", "1"]
     where = ["--engine", "slurm", "--partition", "main", "--gpus-per-task", "0", "--cpus-per-task", "1"]
-    command = ["run", corpus, "-o", out, "--model", model, "--window", "512", "--keep", "0.5", *measure, *where]
-    submitted = longsift(*command, "--json")
+    pieces = ["--piece-bytes", "10000"]
+    command = ["run", corpus, "--model", model, "--window", "512", "--keep", "0.5", *pieces, *measure]
+    assert longsift(*command, "-o", tmp_path / "local", "--device", "cpu").returncode == 0
+    submitted = longsift(*command, "-o", out, *where, "--tasks", "2", "--json")
     assert submitted.returncode == 0, submitted.stderr
     told = json.loads(submitted.stdout)
-    assert (told["tasks"], told["shards"], len(told["jobs"])) == (2, 2, 2)
+    assert told["pieces"] > 4
+    assert (told["tasks"], told["shards"], len(told["jobs"])) == (2, None, 5)  # lines, windows, their end, scores, end
     wait_for_jobs(cluster)
     logs = "\n".join(path.read_text("utf-8") for path in Path(told["logs"], "slurm").iterdir())
-    folder, local = RunFolder(out), RunFolder(run)
+    folder, local = RunFolder(out), RunFolder(tmp_path / "local")
+    assert len(folder.records("windows")) == told["pieces"], logs
+    assert folder.section("windows")["counts"] == local.section("windows")["counts"]
     assert folder.section("scores")["counts"]["windows"] == local.section("scores")["counts"]["windows"], logs
     assert folder.section("scores")["identity"] == local.section("scores")["identity"]
-    names = {path.name for path in local.scores.iterdir()}
-    assert {path.name for path in folder.scores.iterdir()} == names
-    for name in names:
-        assert (folder.scores / name).read_bytes() == (local.scores / name).read_bytes()
+    for name in ("windows", "scores", "quarantine", "selected"):
+        assert contents(out / name) == contents(tmp_path / "local" / name)
     assert folder.section("selected")["result"]["kept"] > 0
     assert folder.report.is_file()
 
     later = longsift("score", out, "--model", model, *measure, *where, "--json")
-    assert json.loads(later.stdout) == {"jobs": [], "tasks": 0, "shards": 0, "logs": None}, later.stderr
+    nothing = {"jobs": [], "tasks": 0, "pieces": 0, "shards": 0, "logs": None}
+    assert json.loads(later.stdout) == nothing, later.stderr
+
+
+def test_a_file_that_cannot_be_read_is_told_of_and_nothing_is_scored_without_it(cluster, corpus, model, tmp_path):
+    inputs, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(corpus, inputs)
+    where = ["--engine", "slurm", "--partition", "main", "--gpus-per-task", "0", "--cpus-per-task", "1", "--tasks", "1"]
+    command = ["score", inputs, "-o", out, "--model", model, "--window", "512", "--method", "longattn"]
+    submitted = longsift(*command, *where, "--sbatch", "begin=now+3", "--json")
+    assert submitted.returncode == 0, submitted.stderr
+    gone, *others = sorted(inputs.iterdir())
+    whole = gone.read_bytes()
+    stamp = gone.stat()
+    gone.unlink()
+    wait_for_jobs(cluster)
+    folder = RunFolder(out)
+    assert len(folder.records("windows")) == len(others)
+    logs = "\n".join(path.read_text("utf-8") for path in Path(json.loads(submitted.stdout)["logs"], "slurm").iterdir())
+    assert f"1 of {len(others) + 1} files could not be read; all others were cut" in logs
+    assert folder.manifest()["windows"]["status"] == "running"
+    assert not folder.scores.exists()
+
+    gone.write_bytes(whole)
+    os.utime(gone, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    here = longsift(*command)
+    assert here.returncode == 0, here.stderr
+    assert folder.section("scores")["counts"]["windows"] == folder.section("windows")["counts"]["windows"] > 0
 
 
 def test_nothing_begins_in_a_folder_whose_jobs_are_in_slurm_until_they_are_cancelled(

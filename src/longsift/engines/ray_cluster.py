@@ -1,4 +1,4 @@
-"""The Ray engine: tasks on a Ray cluster score the windows of a run folder, through datatrove's executor.
+"""The Ray engine: tasks on a Ray cluster cut and score the windows of a run folder, through datatrove's executor.
 
 The process that asks for it waits for them, shows their progress and does all the rest of the run itself. Tasks end
 with it. They record every shard that is done, so that the same command goes on after anything.
@@ -6,6 +6,7 @@ with it. They record every shard that is done, so that the same command goes on 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -13,23 +14,28 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Self
 
+from longsift.cutting import uncounted
 from longsift.engines.children import Child, Failure, Link
 from longsift.engines.local import Advance, Facts, Patience, Shard
-from longsift.engines.tasks import ScoreShards, TaskNotes, deal, new_logs
+from longsift.engines.tasks import CountLines, CutPieces, ScoreShards, TaskNotes, deal, for_tasks, new_logs
 from longsift.errors import LongsiftError, ProcessLost, UsageError
 from longsift.jobs import tasks_at_work
-from longsift.options import EngineOptions, ModelOptions, ScoreOptions
+from longsift.options import EngineOptions, ModelOptions, ScoreOptions, WindowOptions
+from longsift.progress import Progress
 from longsift.shards import RunFolder
 
 try:
     import ray
     from datatrove.executor import RayPipelineExecutor
+    from datatrove.pipeline.base import PipelineStep
     from datatrove.utils.logging import logger
 except ImportError as error:
     raise UsageError("--engine ray needs Ray and datatrove: pip install 'longsift[datatrove,ray]'") from error
@@ -43,7 +49,8 @@ _REMEDY = (
     "One that asks for a token needs RAY_AUTH_MODE=token in the environment."
 )
 _TRIES = 2  # times that shards are dealt out
-_CPUS, _GB = 4, 4  # of a task, and of memory a CPU
+_GB = 4  # of memory, a CPU
+_LOST = "they were lost; perhaps their memory ran out"
 
 
 def check(options: ScoreOptions, engine: EngineOptions) -> None:
@@ -106,14 +113,12 @@ class RayEngine:
         self._on_set_aside, self._on_advance = on_set_aside, on_advance
         self._left: dict[str, Path] = {}  # submitted, and neither done nor set aside
         self._patience = Patience()
-        self._child: Child | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._child is not None:
-            self._child.stop()  # and with it, as it is their owner, all that it has begun on the cluster
+        """Do nothing: no task is left when `finish` ends, however it does."""
 
     def submit(self, windows: Path) -> None:
         """Have a windows file scored."""
@@ -139,16 +144,13 @@ class RayEngine:
             facts = told or facts
             if facts is not None and not self._left:
                 return facts
-            why = errors[0] if errors else "they were lost; perhaps their memory ran out"
+            why = next(iter(errors), _LOST)
             if errors and len(self._left) == before:
                 facts = None
                 break
             log.warning("tasks on the Ray cluster ended with %d shards left (%s)", len(self._left), why)
         if facts is None:
-            raise ProcessLost(
-                f"Tasks on the Ray cluster ended before they had scored what they had to ({why}). Their logs are in "
-                f"{self._logs}. Once that is mended, the same command goes on where it stopped."
-            )
+            raise ProcessLost(_undone(why, self._logs))
         for path in list(self._left.values()):
             self._set_aside(path, f"{_TRIES} tasks that had it ended: {why}")
         return facts
@@ -160,19 +162,13 @@ class RayEngine:
     def _try_all(self, number: int) -> tuple[Facts | None, list[str]]:
         """Have tasks score what is left; what they tell of the calculator, and their errors."""
         out = self._folder.path.resolve()
-        self._logs = new_logs(out).with_suffix(f".{number}")
-        notes = TaskNotes(self._logs / "notes")
-        shards, tasks = deal([path.name for path in self._left.values()], self._engine, self._logs)
-        step = ScoreShards(out, shards, self._model, self._options, self._logs / "notes", tied_to_actor)
-        child = self._child = Child(f"{__name__}:run_tasks", step, tasks, self._engine, self._logs)
-        try:
-            while not wait([child.connection], _POLL):
-                self._collect()
-            _answer(child)
-        finally:
-            child.stop()
-        self._collect()
-        return notes.facts(), notes.errors()
+        logs = self._logs = new_logs(out).with_suffix(f".{number}")
+        shards, tasks = deal([path.name for path in self._left.values()], self._engine, logs)
+        step = ScoreShards(out, shards, logs, tied_to_actor, model=self._model, options=self._options)
+        _run(step, tasks, self._engine, logs, self._collect)
+        notes = TaskNotes(logs)
+        facts = next((Facts(**told) for told in notes.told()), None)  # the same of all tasks
+        return facts, notes.errors()
 
     def _collect(self) -> None:
         """Tell of the shards that tasks have recorded or set aside since the last look."""
@@ -193,6 +189,83 @@ class RayEngine:
         del self._left[windows.stem]
         self._on_set_aside(windows, why)
         self._patience.set_aside(why)
+
+
+def cut_on_cluster(
+    folder: RunFolder,
+    model: ModelOptions,
+    options: WindowOptions,
+    engine: EngineOptions,
+    shards: Sequence[str],
+    progress: Progress,
+) -> None:
+    """Have tasks cut pieces of files, by their shards; those that cannot be read are left.
+
+    Raises:
+        UsageError: no cluster at the address.
+        ProcessLost: the cluster was lost, or tasks ended without having done what they had.
+    """
+    pieces, records = folder.pieces(), folder.path / "shards" / "windows"
+    engine, options = replace(engine, gpus_per_task=0), for_tasks(options, engine)
+    left = set(shards)
+
+    def collect() -> None:
+        for shard in sorted(left & {path.stem for path in records.glob("*.json")}):
+            left.discard(shard)
+            windows = json.loads((records / f"{shard}.json").read_text("utf-8"))["windows"]
+            progress.advance(pieces[shard].size, windows=windows)
+
+    _insist("lines", folder, engine, lambda: uncounted(folder), CountLines)
+    cut = partial(CutPieces, model=model, options=options)
+    _insist("windows", folder, engine, lambda: sorted(left), cut, collect)
+
+
+def _insist(
+    what: str,
+    folder: RunFolder,
+    engine: EngineOptions,
+    names: Callable[[], list[str]],
+    step: Callable[..., PipelineStep],
+    look: Callable[[], None] = lambda: None,
+) -> None:
+    """Have tasks do a step on names until each has done its share: twice at most.
+
+    Raises:
+        ProcessLost: some have not.
+    """
+    out, why = folder.path.resolve(), ""
+    logs = new_logs(out)
+    for number in range(1, _TRIES + 1):
+        if not (left := names()):
+            return
+        logs = logs.with_suffix(f".{what}-{number}")
+        listed, tasks = deal(left, engine, logs)
+        _run(step(out, listed, logs, tied_to_actor), tasks, engine, logs, look)
+        notes = TaskNotes(logs)
+        if len(notes.told()) == tasks:
+            return
+        why = next(iter(notes.errors()), _LOST)
+        log.warning("tasks on the Ray cluster ended before they had done what they had to (%s)", why)
+    raise ProcessLost(_undone(why, logs))
+
+
+def _undone(why: str, logs: Path) -> str:
+    return (
+        f"Tasks on the Ray cluster ended before they had done what they had to ({why}). Their logs are in {logs}. Once "
+        "that is mended, the same command goes on where it stopped."
+    )
+
+
+def _run(step: PipelineStep, tasks: int, engine: EngineOptions, logs: Path, look: Callable[[], None]) -> None:
+    """Have tasks of a step run on the cluster; `look` is called now and then, and when they have ended."""
+    child = Child(f"{__name__}:run_tasks", step, tasks, engine, logs)
+    try:
+        while not wait([child.connection], _POLL):
+            look()
+        _answer(child)
+    finally:
+        child.stop()  # and with it, as it is their owner, all that it has begun on the cluster
+    look()
 
 
 def _answer(child: Child) -> Any:
@@ -218,7 +291,7 @@ def _answer(child: Child) -> Any:
     return message
 
 
-def run_tasks(link: Link, step: ScoreShards, tasks: int, engine: EngineOptions, logs: Path) -> None:
+def run_tasks(link: Link, step: PipelineStep, tasks: int, engine: EngineOptions, logs: Path) -> None:
     """What a process does: have the tasks of a step run on the cluster, wait for them, and send None."""
     logger.remove()  # datatrove's, which says everything on stderr
     logger.add(logs / "datatrove.log")
@@ -250,8 +323,8 @@ def _connect(address: str | None) -> None:
 
 def _resources(engine: EngineOptions) -> dict[str, int]:
     """What a task reserves, by Ray's names; memory in bytes."""
-    cpus = engine.cpus_per_task or _CPUS
-    return {"CPU": cpus, "GPU": engine.gpus, "memory": cpus * (engine.mem_per_cpu or _GB) << 30}
+    memory = engine.cpus * (engine.mem_per_cpu or _GB) << 30
+    return {"CPU": engine.cpus, "GPU": engine.gpus, "memory": memory}
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The Slurm engine: a job array scores the windows of a run folder, through datatrove's executor.
+"""The Slurm engine: job arrays cut and score the windows of a run folder, through datatrove's executor.
 
-The job that depends on the array tries again what its tasks have set aside, and finishes the run as the same command
-would have without Slurm.
+One job array follows the other. A single job after each does what is left, as the same command would have without
+Slurm: it tries again what could not be read, or was set aside, and ends the stage.
 """
 
 from __future__ import annotations
@@ -10,18 +10,22 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from longsift import pipeline
-from longsift.engines.tasks import ScoreShards, deal, new_logs
+from longsift.cutting import begin_windows, can_be_cut_elsewhere, cut_sources, uncounted
+from longsift.engines.tasks import CountLines, CutPieces, ScoreShards, deal, for_tasks, new_logs, tasks_at_most
 from longsift.errors import UsageError
 from longsift.jobs import check_ended, note_slurm_jobs
-from longsift.options import EngineOptions, ModelOptions, ScoreOptions, SelectOptions
+from longsift.options import EngineOptions, ModelOptions, ScoreOptions, SelectOptions, WindowOptions
 from longsift.scoring import score_identity
 from longsift.scoring_stage import check_tokenizer, model_of, windows_to_score
 from longsift.shards import RunFolder
+from longsift.sources import find_sources, listed_sources
 from longsift.tables import parquet_files
 
 try:
@@ -29,6 +33,27 @@ try:
     from datatrove.pipeline.base import PipelineStep
 except ImportError as error:
     raise UsageError("--engine slurm needs datatrove: pip install 'longsift[datatrove]'") from error
+
+
+class FinishWindows(PipelineStep):  # type: ignore[misc]
+    """End the cutting of a run whose pieces of files are cut."""
+
+    type = "FINISH"
+    name = "longsift windows"
+
+    def __init__(self, out: Path, model: ModelOptions, options: WindowOptions, selection: SelectOptions | None) -> None:
+        super().__init__()
+        self.out, self.model, self.options, self.selection = str(out), model, options, selection
+
+    def run(self, data: object, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        """Do it; files that cannot be read fail the job, and nothing is scored."""
+        folder = RunFolder(self.out)
+        with folder.lock():
+            sources = listed_sources(folder.manifest()["windows"]["identity"]["inputs"])
+            cut_sources(sources, folder, self.model, self.options, overwrite=False, quiet=False)
+        if self.selection is not None:
+            pipeline.check_mix(self.out, self.selection)
+        yield from ()
 
 
 class FinishRun(PipelineStep):  # type: ignore[misc]
@@ -74,71 +99,141 @@ def submit(
     engine: EngineOptions,
     selection: SelectOptions | None = None,
     *,
-    max_bad: float,
+    windows: WindowOptions,
+    inputs: Sequence[str] | None = None,
     overwrite: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Have Slurm score the windows of a run folder; shards that are scored already stay.
+    """Have Slurm score the windows of a run folder, and cut them before; what is done already stays.
 
     Args:
-        out: the run folder, whose windows are cut.
+        out: the run folder.
         selection: select and report when all is scored.
-        max_bad: share of bad rows or failed windows above which the last job fails.
-        overwrite: throw away scores of other parameters.
+        windows: how they are cut; `windows.max_bad` is the share of bad rows or failed windows above which the last
+            job fails.
+        inputs: the documents; None where the windows are cut. What only one process can cut is cut here and now.
+        overwrite: throw away windows or scores of other parameters.
 
     Returns:
-        The numbers of the jobs, of tasks and of shards left to score, and the folder of the logs.
+        The numbers of the jobs, of tasks that score, of pieces left to cut and of shards left to score (None while that
+        depends on the pieces), and the folder of the logs.
 
     Raises:
         UsageError: `sbatch` refuses, or options cannot work.
-        OutputError: no windows, scores of other parameters, or jobs of an earlier command that have not ended.
+        InputError: nothing to read.
+        OutputError: no windows, windows or scores of other parameters, or jobs of an earlier command that have not
+            ended.
     """
     folder = RunFolder(Path(out).resolve())
-    windows = windows_to_score(folder)
-    model = model_of(windows, model)
-    check_tokenizer(windows, model)
+    sources = [] if inputs is None else find_sources(inputs)
+    if inputs is not None and not can_be_cut_elsewhere(sources, windows):
+        pipeline.cut(inputs, out, model, windows, overwrite=overwrite, quiet=quiet)
+        sources = []
     options = engine.of_tasks(options)
-    identity = score_identity(model.model or "embedded", model.revision, options, windows["length"], elsewhere=True)
+    shards: list[str] | None = None
     with folder.lock():
         check_ended(folder.path)
+        chain = _Chain(engine, new_logs(folder.path))
+        if sources and not begin_windows(sources, folder, model, windows, overwrite=overwrite):
+            model, length = replace(model, model=model.model or "embedded"), windows.window
+            done = folder.records("windows")
+            pieces = [shard for shard in folder.pieces() if shard not in done]
+            if lines := uncounted(folder):
+                chain.array("lines", folder, lines, CountLines)
+            if pieces:
+                cut = partial(CutPieces, model=model, options=for_tasks(windows, engine))
+                chain.array("windows", folder, pieces, cut)
+            chain.one("cut", FinishWindows(folder.path, model, for_tasks(windows, engine), selection))
+        else:
+            pieces = []
+            section = windows_to_score(folder)
+            model, length = model_of(section, model), section["length"]
+            check_tokenizer(section, model)
+            if selection is not None:
+                pipeline.check_mix(out, selection)
+        identity = score_identity(model.model or "embedded", model.revision, options, length, elsewhere=True)
         finished = folder.begin("scores", identity, overwrite=overwrite)
-        if finished and selection is None:
-            return {"jobs": [], "tasks": 0, "shards": 0, "logs": None}
-        done = folder.records("scores")
-        left = [] if finished else [path.name for path in parquet_files(folder.windows) if path.stem not in done]
-        logs = new_logs(folder.path)
-        shards, tasks = deal(left, engine, logs)
-        executor: dict[str, Any] = {
-            "time": engine.time or "24:00:00",
-            "partition": engine.partition,
-            "cpus_per_task": engine.cpus_per_task or 4,
-            "mem_per_cpu_gb": engine.mem_per_cpu or 4,
-            "gpus_per_task": engine.gpus,
-            "qos": "",
-            "env_command": f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
-            "sbatch_args": {"kill-on-invalid-dep": "yes", **engine.further()},
-        }
-        score = SlurmPipelineExecutor(
-            [ScoreShards(folder.path, shards, model, options)],
-            tasks=tasks,
-            job_name="longsift-score",
-            logging_dir=str(logs / "score"),
-            slurm_logs_folder=str(logs / "slurm"),
-            **executor,
-        )
-        finish = SlurmPipelineExecutor(
-            [FinishRun(folder.path, model, options, selection, max_bad)],
-            tasks=1,
-            job_name="longsift-finish",
-            depends=score,
-            logging_dir=str(logs / "finish"),
-            slurm_logs_folder=str(logs / "slurm"),
-            **executor,
-        )
+        if finished and selection is None and not pieces:
+            return {"jobs": [], "tasks": 0, "pieces": 0, "shards": 0, "logs": None}
+        if not chain:
+            done = {} if finished else folder.records("scores")
+            shards = [] if finished else [path.name for path in parquet_files(folder.windows) if path.stem not in done]
+        score = partial(ScoreShards, model=model, options=options)
+        tasks = chain.array("score", folder, shards, score, gpus=engine.gpus)
+        chain.one("finish", FinishRun(folder.path, model, options, selection, windows.max_bad), gpus=engine.gpus)
         try:
-            finish.run()
+            chain.submit()
         except subprocess.CalledProcessError as error:
             raise UsageError(f"sbatch refused the jobs ({error}); its message is above.") from error
         finally:
-            numbers = [str(each.job_id) for each in (score, finish) if each.job_id is not None]
-            note_slurm_jobs(folder.path, numbers)
-    return {"jobs": numbers, "tasks": tasks, "shards": len(left), "logs": str(logs)}
+            note_slurm_jobs(folder.path, chain.numbers())
+    return {
+        "jobs": chain.numbers(),
+        "tasks": tasks,
+        "pieces": len(pieces),
+        "shards": None if shards is None else len(shards),
+        "logs": str(chain.logs),
+    }
+
+
+class _Chain:
+    """Jobs of which each begins when the one before has done its work."""
+
+    def __init__(self, engine: EngineOptions, logs: Path) -> None:
+        self.logs, self._engine = logs, engine
+        self._jobs: list[SlurmPipelineExecutor] = []
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def array(
+        self,
+        name: str,
+        folder: RunFolder,
+        names: Sequence[str] | None,
+        step: Callable[..., PipelineStep],
+        *,
+        gpus: int = 0,
+    ) -> int:
+        """Add an array whose tasks do a step on names, or on what there will be, if that is None; returns how many."""
+        logs = self.logs / name
+        listed, tasks = (None, tasks_at_most(self._engine)) if names is None else deal(names, self._engine, logs)
+        self._add(name, step(folder.path, listed, logs), tasks, gpus)
+        return tasks
+
+    def one(self, name: str, step: PipelineStep, *, gpus: int = 0) -> None:
+        """Add a single job."""
+        self._add(name, step, 1, gpus)
+
+    def submit(self) -> None:
+        """Submit all.
+
+        Raises:
+            CalledProcessError: sbatch refuses.
+        """
+        self._jobs[-1].run()
+
+    def numbers(self) -> list[str]:
+        """Of the jobs that are submitted."""
+        return [str(job.job_id) for job in self._jobs if job.job_id is not None]
+
+    def _add(self, name: str, step: PipelineStep, tasks: int, gpus: int) -> None:
+        engine = self._engine
+        self._jobs.append(
+            SlurmPipelineExecutor(
+                [step],
+                tasks=tasks,
+                job_name=f"longsift-{name}",
+                depends=self._jobs[-1] if self._jobs else None,
+                logging_dir=str(self.logs / name),
+                slurm_logs_folder=str(self.logs / "slurm"),
+                time=engine.time or "24:00:00",
+                partition=engine.partition,
+                cpus_per_task=engine.cpus,
+                mem_per_cpu_gb=engine.mem_per_cpu or 4,
+                gpus_per_task=gpus,
+                qos="",
+                env_command=f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
+                sbatch_args={"kill-on-invalid-dep": "yes", **engine.further()},
+            )
+        )

@@ -1,43 +1,122 @@
-"""What a cluster's tasks do, whichever engine starts them: each scores its share of the windows files of a run folder.
+"""What a cluster's tasks do, whichever engine starts them: each cuts its share of the pieces of files into windows, or
+scores its share of the windows files of a run folder.
 
-A task has a local engine of its own, records every shard that is done, and sets those aside that fail twice. The run
-folder and the calculator must be seen under the same paths by all nodes.
+A task that scores has a local engine of its own, records every shard that is done, and sets those aside that fail
+twice. The run folder, the documents and the calculator must be seen under the same paths by all nodes.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from longsift.cutting import cut_pieces
+from longsift.documents import count_lines
 from longsift.engines.local import Facts, LocalEngine, Shard, devices
 from longsift.errors import UsageError
 from longsift.jobs import at_work
-from longsift.options import EngineOptions, ModelOptions, ScoreOptions
+from longsift.options import EngineOptions, ModelOptions, ScoreOptions, WindowOptions
+from longsift.progress import Progress
 from longsift.shards import RunFolder, write_json
-from longsift.tables import publish
+from longsift.tables import parquet_files, publish
 
 try:
     from datatrove.pipeline.base import PipelineStep
 except ImportError as error:
     raise UsageError("--engine slurm and ray need datatrove: pip install 'longsift[datatrove]'") from error
 
+log = logging.getLogger(__name__)
+
 _MOST_TASKS = 64
 
 
-class ScoreShards(PipelineStep):  # type: ignore[misc]  # datatrove has no types
+class CountLines(PipelineStep):  # type: ignore[misc]  # datatrove has no types
+    """Count the lines that begin in a task's share of the pieces of files, which tell the numbers of the rows after.
+
+    Args:
+        out: the run folder, whose windows stage is begun.
+        pieces: a file with a line for each piece, its shard.
+        logs: a folder in which a task notes, under its rank, what `TaskNotes` reads.
+        around: gives a context in which a task works.
+    """
+
+    type = "COUNTER"
+    name = "longsift lines"
+
+    def __init__(
+        self, out: Path, pieces: Path, logs: Path, around: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        super().__init__()
+        self.out, self.pieces, self.logs, self.around = str(out), str(pieces), str(logs), around
+
+    def run(self, data: object, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        """Do it for every `world_size`-th piece, from the `rank`-th on."""
+        folder = RunFolder(self.out)
+        with self.around(), _noted(self.logs, rank), at_work(folder.path, _sign(self.logs, rank), list):
+            planned = folder.pieces()
+            for shard in _share(self.pieces, rank, world_size):
+                folder.note_lines(shard, count_lines(planned[shard]))
+        yield from ()
+
+
+class CutPieces(PipelineStep):  # type: ignore[misc]
+    """Cut a task's share of the pieces of files into windows; those that cannot be read are left, and told of in a log.
+
+    Args:
+        out, pieces, logs, around: as in `CountLines`.
+        model, options: as the stage was begun with.
+    """
+
+    type = "CUTTER"
+    name = "longsift windows"
+
+    def __init__(
+        self,
+        out: Path,
+        pieces: Path,
+        logs: Path,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        *,
+        model: ModelOptions,
+        options: WindowOptions,
+    ) -> None:
+        super().__init__()
+        self.out, self.pieces, self.model, self.options = str(out), str(pieces), model, options
+        self.logs, self.around = str(logs), around
+
+    def run(self, data: object, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        """Cut every `world_size`-th piece, from the `rank`-th on, but none that is recorded as cut."""
+        folder = RunFolder(self.out)
+        with self.around(), _noted(self.logs, rank):
+            planned, records = folder.pieces(), folder.path / "shards" / "windows"
+            share = _share(self.pieces, rank, world_size)
+            mine = {shard: planned[shard] for shard in share if not (records / f"{shard}.json").exists()}
+            under_way: list[str] = []
+            size = sum(piece.size for piece in mine.values())
+            with (
+                at_work(folder.path, _sign(self.logs, rank), lambda: under_way[-1:]),
+                Progress("windows", size, "bytes") as progress,
+            ):
+                unread = cut_pieces(mine, folder, self.model, self.options, progress, on_begin=under_way.append)
+            for why in unread:
+                log.warning("%s", why)
+        yield from ()
+
+
+class ScoreShards(PipelineStep):  # type: ignore[misc]
     """Score a task's share of the windows files of a run folder; takes and gives no documents.
 
     Args:
         out: the run folder.
-        shards: a file with a line for each file that is to be scored, its name.
+        shards: a file with a line for each file that is to be scored, its name; all that are there, if it is None.
+        logs, around: as in `CountLines`.
         model, options: what the scorer is made of.
-        notes: a folder in which a task notes, under its rank, what `TaskNotes` reads; without it, it does not.
-        around: gives a context in which a task works.
     """
 
     type = "SCORER"
@@ -46,34 +125,28 @@ class ScoreShards(PipelineStep):  # type: ignore[misc]  # datatrove has no types
     def __init__(
         self,
         out: Path,
-        shards: Path,
+        shards: Path | None,
+        logs: Path,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        *,
         model: ModelOptions,
         options: ScoreOptions,
-        notes: Path | None = None,
-        around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         super().__init__()
-        self.out, self.shards, self.model, self.options = str(out), str(shards), model, options
-        self.notes, self.around = None if notes is None else str(notes), around
+        self.out, self.model, self.options = str(out), model, options
+        self.logs, self.around, self.shards = str(logs), around, None if shards is None else str(shards)
 
     def run(self, data: object, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Score every `world_size`-th file, from the `rank`-th on, but none that is recorded as scored."""
         folder = RunFolder(self.out)
-        names = Path(self.shards).read_text("utf-8").splitlines()[rank::world_size]
-        windows, records = folder.windows, folder.path / "shards" / "scores"
-        mine = [windows / name for name in names if not (records / name).with_suffix(".json").exists()]
-        task = f"{Path(self.shards).parent.name}-{rank}"
-        with self.around():
-            if self.notes is None:
-                if mine:
-                    self._score(mine, folder, task)
+        with self.around(), _noted(self.logs, rank) as told:
+            windows, records = folder.windows, folder.path / "shards" / "scores"
+            if self.shards is None:
+                names = [path.name for path in parquet_files(windows)][rank::world_size]
             else:
-                notes = TaskNotes(Path(self.notes))
-                try:
-                    notes.tell_facts(rank, self._score(mine, folder, task))
-                except Exception as error:
-                    notes.tell_error(rank, error)
-                    raise
+                names = _share(self.shards, rank, world_size)
+            mine = [windows / name for name in names if not (records / name).with_suffix(".json").exists()]
+            told |= asdict(self._score(mine, folder, _sign(self.logs, rank)))
         yield from ()
 
     def _score(self, windows: list[Path], folder: RunFolder, task: str) -> Facts:
@@ -105,38 +178,68 @@ class ScoreShards(PipelineStep):  # type: ignore[misc]  # datatrove has no types
 class TaskNotes:
     """What tasks tell whoever waits for them, in a folder that all see."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, logs: Path | str) -> None:
+        self._folder = Path(logs) / "notes"
 
-    def tell_facts(self, rank: int, facts: Facts) -> None:
+    def tell(self, rank: int, content: dict[str, Any]) -> None:
         """Of a task that has done all that it had."""
-        write_json(self._folder / f"{rank}.json", asdict(facts))
+        write_json(self._folder / f"{rank}.json", content)
+        (self._folder / f"{rank}.error.json").unlink(missing_ok=True)  # it had to begin again
 
     def tell_error(self, rank: int, error: Exception) -> None:
         """Of a task that has failed."""
         write_json(self._folder / f"{rank}.error.json", f"{type(error).__name__}: {error}")
 
-    def facts(self) -> Facts | None:
-        """The calculator as the tasks have loaded it, all of them the same."""
-        for path in sorted(self._folder.glob("[0-9]*.json")):
-            if not path.name.endswith(".error.json"):
-                return Facts(**json.loads(path.read_text("utf-8")))
-        return None
+    def told(self) -> list[dict[str, Any]]:
+        """What those have told that have done all that they had."""
+        paths = [path for path in self._folder.glob("*.json") if not path.name.endswith(".error.json")]
+        return [json.loads(path.read_text("utf-8")) for path in sorted(paths)]
 
     def errors(self) -> list[str]:
         """What tasks have failed with."""
         return [json.loads(path.read_text("utf-8")) for path in sorted(self._folder.glob("*.error.json"))]
 
 
-def deal(names: Sequence[str], engine: EngineOptions, logs: Path) -> tuple[Path, int]:
-    """Write the list of the files to score into the folder of the logs; returns it, and the number of tasks.
+@contextmanager
+def _noted(logs: str, rank: int) -> Iterator[dict[str, Any]]:
+    """Note how the block ends, with what it puts into the dict."""
+    notes, content = TaskNotes(logs), dict[str, Any]()
+    try:
+        yield content
+    except Exception as error:
+        notes.tell_error(rank, error)
+        raise
+    notes.tell(rank, content)
 
-    There is a task even where no file is left: it tells what the calculator is, or another job depends on it.
+
+def _sign(logs: str, rank: int) -> str:
+    """The name under which a task gives its sign of life."""
+    return f"{Path(logs).parent.name}-{Path(logs).name}-{rank}"
+
+
+def _share(names: str, rank: int, world_size: int) -> list[str]:
+    return Path(names).read_text("utf-8").splitlines()[rank::world_size]
+
+
+def deal(names: Sequence[str], engine: EngineOptions, logs: Path) -> tuple[Path, int]:
+    """Write the list of what is to be done into the folder of the logs; returns it, and the number of tasks.
+
+    There is a task even where nothing is left: it tells what the calculator is, or another job depends on it.
     """
-    shards = logs / "shards.txt"
-    with publish(shards) as temporary:
+    listed = logs / "names.txt"
+    with publish(listed) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in names), "utf-8")
-    return shards, max(1, min(engine.tasks or _MOST_TASKS, len(names)))
+    return listed, max(1, min(tasks_at_most(engine), len(names)))
+
+
+def tasks_at_most(engine: EngineOptions) -> int:
+    """Of an array, whatever there is to do."""
+    return engine.tasks or _MOST_TASKS
+
+
+def for_tasks(options: WindowOptions, engine: EngineOptions) -> WindowOptions:
+    """The options of cutting in a task, which has a process for every core that it has."""
+    return replace(options, cut_workers=options.cut_workers or engine.cpus)
 
 
 def new_logs(out: Path) -> Path:
