@@ -40,8 +40,8 @@ def at_work(out: Path, task: str, shards: Callable[[], list[str]]) -> Iterator[N
         while True:
             content = {"task": task, "process": f"{os.getpid()} on {platform.node()}", "shards": shards()}
             # A full disk is the next table's to tell.
-            with suppress(OSError, OutputError), publish(path) as temporary:
-                temporary.write_text(json.dumps(content), "utf-8")
+            with suppress(OSError, OutputError):
+                _write(path, content)
             if ended.wait(_RENEWED):
                 return
 
@@ -64,6 +64,57 @@ def tasks_at_work(out: Path) -> list[dict[str, Any]]:
             if time.time() - path.stat().st_mtime < _STALE:
                 found.append(json.loads(path.read_text("utf-8")))
     return found
+
+
+def failed_tasks(out: Path) -> list[dict[str, str]]:
+    """Tasks of the jobs that were begun last for a run folder which have failed: `task` and `reason`."""
+    logs = {path.parent.parent for path in (out / "jobs").glob("**/notes/*.error.json")}
+    begun = [path for path in (out / "jobs").glob("[0-9]*") if path.is_dir()]
+    last = max((path.name.partition(".")[0] for path in begun), default="")
+    return [
+        {"task": f"{folder.name}-{rank}", "reason": reason}
+        for folder in sorted(logs)
+        if folder.relative_to(out / "jobs").parts[0].partition(".")[0] == last
+        for rank, reason in TaskNotes(folder).errors().items()
+    ]
+
+
+class TaskNotes:
+    """What tasks tell whoever waits for them, in a folder that all see."""
+
+    def __init__(self, logs: Path | str) -> None:
+        self._folder = Path(logs) / "notes"
+
+    def tell(self, rank: int, content: dict[str, Any]) -> None:
+        """Of a task that has done all that it had."""
+        _write(self._folder / f"{rank}.json", content)
+        (self._folder / f"{rank}.error.json").unlink(missing_ok=True)  # it had to begin again
+
+    def tell_error(self, rank: int, error: Exception) -> None:
+        """Of a task that has failed."""
+        _write(self._folder / f"{rank}.error.json", f"{type(error).__name__}: {error}")
+
+    def told(self) -> list[dict[str, Any]]:
+        """What those have told that have done all that they had."""
+        paths = [path for path in self._folder.glob("*.json") if not path.name.endswith(".error.json")]
+        return [json.loads(path.read_text("utf-8")) for path in sorted(paths)]
+
+    def errors(self) -> dict[int, str]:
+        """What tasks have failed with, by their ranks."""
+        paths = self._folder.glob("*.error.json")
+        return dict(sorted((int(path.name.partition(".")[0]), json.loads(path.read_text("utf-8"))) for path in paths))
+
+
+@contextmanager
+def noted(logs: Path | str, rank: int) -> Iterator[dict[str, Any]]:
+    """Note how the block ends, with what it puts into the dict."""
+    notes, content = TaskNotes(logs), dict[str, Any]()
+    try:
+        yield content
+    except Exception as error:
+        notes.tell_error(rank, error)
+        raise
+    notes.tell(rank, content)
 
 
 def slurm_jobs(out: Path) -> list[str]:
@@ -113,8 +164,12 @@ def check_ended(out: Path) -> None:
 
 def note_slurm_jobs(out: Path, numbers: list[str]) -> None:
     """Remember the numbers of the jobs that were submitted for a run folder."""
-    with publish(_submitted(out)) as temporary:
-        temporary.write_text(json.dumps({"jobs": numbers}) + "\n", "utf-8")
+    _write(_submitted(out), {"jobs": numbers})
+
+
+def _write(path: Path, content: Any) -> None:
+    with publish(path) as temporary:
+        temporary.write_text(json.dumps(content), "utf-8")
 
 
 def _submitted(out: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longsift.errors import OutputError
-from longsift.jobs import tasks_at_work
+from longsift.jobs import failed_tasks, tasks_at_work
 from longsift.shards import RunFolder
 from longsift.tables import parquet_files
 
@@ -38,18 +38,22 @@ def run_status(out: Path) -> dict[str, Any]:
     def stage_state(status: str) -> str:
         return "stopped" if status == "running" and not going_on else status
 
-    windows = manifest.get("windows")
+    windows = manifest.get("windows", {})
+    done = windows.get("status") == "done"
+    working = [shard for task in tasks_at_work(out) for shard in task["shards"]]
     if windows:
         records: Collection[dict[str, Any]] = folder.records("windows").values()
         names = ("documents", "bad_rows", "too_short", "windows", "tokens")
-        done = windows["status"] == "done"
-        begun = [place["record"] for place in folder.places().values()]
-        counts = windows["counts"] if done else _sums([*records, *begun], *names)
+        begun = folder.places()
+        counts = (
+            windows["counts"] if done else _sums([*records, *(place["record"] for place in begun.values())], *names)
+        )
         state["windows"] = {
             "state": stage_state(windows["status"]),
             "pieces done": len(records),
             "pieces": len(folder.pieces()),
             "sources": len(windows["identity"]["inputs"]),
+            "pieces running": [] if done else working or (list(begun) if folder.is_being_written() else []),
             **{name: counts[name] for name in names},
         }
         if "folder" in windows:
@@ -62,7 +66,7 @@ def run_status(out: Path) -> dict[str, Any]:
     if scores:
         records = folder.records("scores").values()
         sums = _sums(records, "windows", "failed", "tokens", "seconds")
-        total = windows["counts"]["tokens"] if windows and windows["status"] == "done" else None
+        total = windows["counts"]["tokens"] if done else None
         speed = sums["tokens"] / sums["seconds"] if sums["seconds"] else None
         now = folder.noted()
         aside = folder.shards_set_aside()
@@ -72,7 +76,7 @@ def run_status(out: Path) -> dict[str, Any]:
             "method": scores["identity"]["method"],
             "shards done": len(records),
             "shards": len(parquet_files(folder.windows)),
-            "shards running": now.get("shards") or [name for task in tasks_at_work(out) for name in task["shards"]],
+            "shards running": now.get("shards") or (working if done else []),
             "shards set aside": len(aside),
             "windows": sums["windows"],
             "failed": sums["failed"],
@@ -84,6 +88,8 @@ def run_status(out: Path) -> dict[str, Any]:
             "process": now.get("process"),
             "set aside": [{"shard": shard, "reason": reason} for shard, reason in aside.items()],
         }
+    if failed := failed_tasks(out):
+        state["failed tasks"] = failed
     selected = manifest.get("selected")
     if selected:
         state["selected"] = {"state": selected["status"], **selected["identity"]}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import suppress
 
 import pytest
 
 from longsift.errors import OutputError
-from longsift.jobs import at_work, check_ended, note_slurm_jobs, tasks_at_work
+from longsift.jobs import TaskNotes, at_work, check_ended, failed_tasks, note_slurm_jobs, noted, tasks_at_work
 from longsift.status import run_status
 
 
@@ -49,6 +50,21 @@ def test_a_task_that_gives_no_sign_any_more_has_ended(tmp_path):
         os.utime(sign, (time.time() - 100,) * 2)
         assert not tasks_at_work(tmp_path)
         check_ended(tmp_path)
+
+
+def test_of_the_tasks_that_failed_those_of_the_last_jobs_are_told(tmp_path):
+    for logs in ("jobs/20250101T000000/score", "jobs/20250102T000000.windows-1", "jobs/20250102T000000.windows-2"):
+        for rank in (0, 1):
+            with suppress(ValueError), noted(tmp_path / logs, rank):
+                if rank or logs.endswith("2"):
+                    raise ValueError(f"task {rank}")
+    with noted(tmp_path / "jobs/20250102T000000.windows-2", 0) as told:  # it begins again
+        told["all"] = "well"
+    assert failed_tasks(tmp_path) == [
+        {"task": "20250102T000000.windows-1-1", "reason": "ValueError: task 1"},
+        {"task": "20250102T000000.windows-2-1", "reason": "ValueError: task 1"},
+    ]
+    assert TaskNotes(tmp_path / "jobs/20250102T000000.windows-2").told() == [{"all": "well"}]
 
 
 def test_a_job_begins_beside_those_that_it_belongs_to(tmp_path, monkeypatch):

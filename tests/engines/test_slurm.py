@@ -14,6 +14,7 @@ import pytest
 
 import slurm_cluster
 from longsift.shards import RunFolder
+from longsift.status import run_status
 from longsift.tables import parquet_files
 from slurm_cluster import slurm, wait_for_jobs
 
@@ -117,9 +118,12 @@ def test_a_file_that_cannot_be_read_is_told_of_and_nothing_is_scored_without_it(
     wait_for_jobs(cluster)
     folder = RunFolder(out)
     assert len(folder.records("windows")) == len(others)
-    logs = "\n".join(path.read_text("utf-8") for path in Path(json.loads(submitted.stdout)["logs"], "slurm").iterdir())
-    assert f"1 of {len(others) + 1} files could not be read; all others were cut" in logs
-    assert folder.manifest()["windows"]["status"] == "running"
+    state = run_status(out)
+    assert (state["windows"]["pieces done"], state["windows"]["pieces"]) == (len(others), len(others) + 1)
+    [failed] = state["failed tasks"]
+    assert failed["task"] == "windows-end-0"
+    assert f"1 of {len(others) + 1} files could not be read; all others were cut" in failed["reason"]
+    assert str(gone) in failed["reason"]
     assert not folder.scores.exists()
 
     gone.write_bytes(whole)
@@ -139,13 +143,13 @@ def test_nothing_begins_in_a_folder_whose_jobs_are_in_slurm_until_they_are_cance
     submitted = longsift(*command, *where, "--sbatch", "begin=now+1hour", "--json")
     assert submitted.returncode == 0, submitted.stderr
     jobs = json.loads(submitted.stdout)["jobs"]
-    for again in ([*command, *where], command, ["score", out, *measure], ["windows", *command[1:8], "--overwrite"]):
+    for again in ([*command, *where], command, ["windows", *command[1:8], "--overwrite"]):
         refused = longsift(*again)
         assert refused.returncode == 1, again
         assert f"for {out} are still in Slurm. Wait for them, or end them: scancel {' '.join(jobs)}" in refused.stderr
     subprocess.run(["scancel", *jobs], check=True)
     wait_for_jobs(cluster)
-    assert longsift("score", out, *measure).returncode == 0
+    assert longsift(*command).returncode == 0
     for path in RunFolder(run).scores.iterdir():
         assert (out / "scores" / path.name).read_bytes() == path.read_bytes()
 

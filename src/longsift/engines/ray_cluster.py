@@ -25,9 +25,9 @@ from typing import Any, Self
 from longsift.cutting import uncounted
 from longsift.engines.children import Child, Failure, Link
 from longsift.engines.local import Advance, Facts, Patience, Shard
-from longsift.engines.tasks import CountLines, CutPieces, ScoreShards, TaskNotes, deal, for_tasks, new_logs
+from longsift.engines.tasks import CountLines, CutPieces, ScoreShards, deal, for_tasks, new_logs
 from longsift.errors import LongsiftError, ProcessLost, UsageError
-from longsift.jobs import tasks_at_work
+from longsift.jobs import TaskNotes, tasks_at_work
 from longsift.options import EngineOptions, ModelOptions, ScoreOptions, WindowOptions
 from longsift.progress import Progress
 from longsift.shards import RunFolder
@@ -168,7 +168,7 @@ class RayEngine:
         _run(step, tasks, self._engine, logs, self._collect)
         notes = TaskNotes(logs)
         facts = next((Facts(**told) for told in notes.told()), None)  # the same of all tasks
-        return facts, notes.errors()
+        return facts, list(notes.errors().values())
 
     def _collect(self) -> None:
         """Tell of the shards that tasks have recorded or set aside since the last look."""
@@ -244,7 +244,7 @@ def _insist(
         notes = TaskNotes(logs)
         if len(notes.told()) == tasks:
             return
-        why = next(iter(notes.errors()), _LOST)
+        why = next(iter(notes.errors().values()), _LOST)
         log.warning("tasks on the Ray cluster ended before they had done what they had to (%s)", why)
     raise ProcessLost(_undone(why, logs))
 

@@ -20,7 +20,7 @@ from longsift import pipeline
 from longsift.cutting import begin_windows, can_be_cut_elsewhere, cut_sources, uncounted
 from longsift.engines.tasks import CountLines, CutPieces, ScoreShards, deal, for_tasks, new_logs, tasks_at_most
 from longsift.errors import UsageError
-from longsift.jobs import check_ended, note_slurm_jobs
+from longsift.jobs import check_ended, note_slurm_jobs, noted
 from longsift.options import EngineOptions, ModelOptions, ScoreOptions, SelectOptions, WindowOptions
 from longsift.scoring import score_identity
 from longsift.scoring_stage import check_tokenizer, model_of, windows_to_score
@@ -41,18 +41,21 @@ class FinishWindows(PipelineStep):  # type: ignore[misc]
     type = "FINISH"
     name = "longsift windows"
 
-    def __init__(self, out: Path, model: ModelOptions, options: WindowOptions, selection: SelectOptions | None) -> None:
+    def __init__(
+        self, out: Path, logs: Path, model: ModelOptions, options: WindowOptions, selection: SelectOptions | None
+    ) -> None:
         super().__init__()
-        self.out, self.model, self.options, self.selection = str(out), model, options, selection
+        self.out, self.logs = str(out), str(logs)
+        self.model, self.options, self.selection = model, options, selection
 
     def run(self, data: object, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Do it; files that cannot be read fail the job, and nothing is scored."""
         folder = RunFolder(self.out)
-        with folder.lock():
+        with noted(self.logs, rank), folder.lock():
             sources = listed_sources(folder.manifest()["windows"]["identity"]["inputs"])
             cut_sources(sources, folder, self.model, self.options, overwrite=False, quiet=False)
-        if self.selection is not None:
-            pipeline.check_mix(self.out, self.selection)
+            if self.selection is not None:
+                pipeline.check_mix(self.out, self.selection)
         yield from ()
 
 
@@ -63,19 +66,26 @@ class FinishRun(PipelineStep):  # type: ignore[misc]
     name = "longsift run"
 
     def __init__(
-        self, out: Path, model: ModelOptions, options: ScoreOptions, selection: SelectOptions | None, max_bad: float
+        self,
+        out: Path,
+        logs: Path,
+        model: ModelOptions,
+        options: ScoreOptions,
+        selection: SelectOptions | None,
+        max_bad: float,
     ) -> None:
         super().__init__()
-        self.out, self.model, self.options = str(out), model, options
-        self.selection, self.max_bad = selection, max_bad
+        self.out, self.logs = str(out), str(logs)
+        self.model, self.options, self.selection, self.max_bad = model, options, selection, max_bad
 
     def run(self, data: object, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Do it; too many bad rows fail the job at its end."""
-        pipeline.score(self.out, self.model, self.options, quiet=True)
-        if self.selection is not None:
-            pipeline.select(self.out, self.selection)
-            pipeline.report(self.out)
-        pipeline.check_bad(self.out, self.max_bad)
+        with noted(self.logs, rank):
+            pipeline.score(self.out, self.model, self.options, quiet=True)
+            if self.selection is not None:
+                pipeline.select(self.out, self.selection)
+                pipeline.report(self.out)
+            pipeline.check_bad(self.out, self.max_bad)
         yield from ()
 
 
@@ -143,7 +153,8 @@ def submit(
             if pieces:
                 cut = partial(CutPieces, model=model, options=for_tasks(windows, engine))
                 chain.array("windows", folder, pieces, cut)
-            chain.one("cut", FinishWindows(folder.path, model, for_tasks(windows, engine), selection))
+            logs = chain.logs / "windows-end"
+            chain.one(FinishWindows(folder.path, logs, model, for_tasks(windows, engine), selection), logs)
         else:
             pieces = []
             section = windows_to_score(folder)
@@ -160,7 +171,8 @@ def submit(
             shards = [] if finished else [path.name for path in parquet_files(folder.windows) if path.stem not in done]
         score = partial(ScoreShards, model=model, options=options)
         tasks = chain.array("score", folder, shards, score, gpus=engine.gpus)
-        chain.one("finish", FinishRun(folder.path, model, options, selection, windows.max_bad), gpus=engine.gpus)
+        logs = chain.logs / "end"
+        chain.one(FinishRun(folder.path, logs, model, options, selection, windows.max_bad), logs, gpus=engine.gpus)
         try:
             chain.submit()
         except subprocess.CalledProcessError as error:
@@ -198,12 +210,12 @@ class _Chain:
         """Add an array whose tasks do a step on names, or on what there will be, if that is None; returns how many."""
         logs = self.logs / name
         listed, tasks = (None, tasks_at_most(self._engine)) if names is None else deal(names, self._engine, logs)
-        self._add(name, step(folder.path, listed, logs), tasks, gpus)
+        self._add(step(folder.path, listed, logs), logs, tasks, gpus)
         return tasks
 
-    def one(self, name: str, step: PipelineStep, *, gpus: int = 0) -> None:
+    def one(self, step: PipelineStep, logs: Path, *, gpus: int = 0) -> None:
         """Add a single job."""
-        self._add(name, step, 1, gpus)
+        self._add(step, logs, 1, gpus)
 
     def submit(self) -> None:
         """Submit all.
@@ -217,15 +229,15 @@ class _Chain:
         """Of the jobs that are submitted."""
         return [str(job.job_id) for job in self._jobs if job.job_id is not None]
 
-    def _add(self, name: str, step: PipelineStep, tasks: int, gpus: int) -> None:
+    def _add(self, step: PipelineStep, logs: Path, tasks: int, gpus: int) -> None:
         engine = self._engine
         self._jobs.append(
             SlurmPipelineExecutor(
                 [step],
                 tasks=tasks,
-                job_name=f"longsift-{name}",
+                job_name=f"longsift-{logs.name}",
                 depends=self._jobs[-1] if self._jobs else None,
-                logging_dir=str(self.logs / name),
+                logging_dir=str(logs),
                 slurm_logs_folder=str(self.logs / "slurm"),
                 time=engine.time or "24:00:00",
                 partition=engine.partition,

@@ -7,11 +7,10 @@ twice. The run folder, the documents and the calculator must be seen under the s
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from longsift.cutting import cut_pieces
 from longsift.documents import count_lines
 from longsift.engines.local import Facts, LocalEngine, Shard, devices
 from longsift.errors import UsageError
-from longsift.jobs import at_work
+from longsift.jobs import at_work, noted
 from longsift.options import EngineOptions, ModelOptions, ScoreOptions, WindowOptions
 from longsift.progress import Progress
-from longsift.shards import RunFolder, write_json
+from longsift.shards import RunFolder
 from longsift.tables import parquet_files, publish
 
 try:
@@ -58,7 +57,7 @@ class CountLines(PipelineStep):  # type: ignore[misc]  # datatrove has no types
     def run(self, data: object, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Do it for every `world_size`-th piece, from the `rank`-th on."""
         folder = RunFolder(self.out)
-        with self.around(), _noted(self.logs, rank), at_work(folder.path, _sign(self.logs, rank), list):
+        with self.around(), noted(self.logs, rank), at_work(folder.path, _sign(self.logs, rank), list):
             planned = folder.pieces()
             for shard in _share(self.pieces, rank, world_size):
                 folder.note_lines(shard, count_lines(planned[shard]))
@@ -93,7 +92,7 @@ class CutPieces(PipelineStep):  # type: ignore[misc]
     def run(self, data: object, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Cut every `world_size`-th piece, from the `rank`-th on, but none that is recorded as cut."""
         folder = RunFolder(self.out)
-        with self.around(), _noted(self.logs, rank):
+        with self.around(), noted(self.logs, rank):
             planned, records = folder.pieces(), folder.path / "shards" / "windows"
             share = _share(self.pieces, rank, world_size)
             mine = {shard: planned[shard] for shard in share if not (records / f"{shard}.json").exists()}
@@ -139,7 +138,7 @@ class ScoreShards(PipelineStep):  # type: ignore[misc]
     def run(self, data: object, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Score every `world_size`-th file, from the `rank`-th on, but none that is recorded as scored."""
         folder = RunFolder(self.out)
-        with self.around(), _noted(self.logs, rank) as told:
+        with self.around(), noted(self.logs, rank) as told:
             windows, records = folder.windows, folder.path / "shards" / "scores"
             if self.shards is None:
                 names = [path.name for path in parquet_files(windows)][rank::world_size]
@@ -173,43 +172,6 @@ class ScoreShards(PipelineStep):  # type: ignore[misc]
                 engine.submit(path)
             with at_work(folder.path, task, engine.under_way):
                 return engine.finish()
-
-
-class TaskNotes:
-    """What tasks tell whoever waits for them, in a folder that all see."""
-
-    def __init__(self, logs: Path | str) -> None:
-        self._folder = Path(logs) / "notes"
-
-    def tell(self, rank: int, content: dict[str, Any]) -> None:
-        """Of a task that has done all that it had."""
-        write_json(self._folder / f"{rank}.json", content)
-        (self._folder / f"{rank}.error.json").unlink(missing_ok=True)  # it had to begin again
-
-    def tell_error(self, rank: int, error: Exception) -> None:
-        """Of a task that has failed."""
-        write_json(self._folder / f"{rank}.error.json", f"{type(error).__name__}: {error}")
-
-    def told(self) -> list[dict[str, Any]]:
-        """What those have told that have done all that they had."""
-        paths = [path for path in self._folder.glob("*.json") if not path.name.endswith(".error.json")]
-        return [json.loads(path.read_text("utf-8")) for path in sorted(paths)]
-
-    def errors(self) -> list[str]:
-        """What tasks have failed with."""
-        return [json.loads(path.read_text("utf-8")) for path in sorted(self._folder.glob("*.error.json"))]
-
-
-@contextmanager
-def _noted(logs: str, rank: int) -> Iterator[dict[str, Any]]:
-    """Note how the block ends, with what it puts into the dict."""
-    notes, content = TaskNotes(logs), dict[str, Any]()
-    try:
-        yield content
-    except Exception as error:
-        notes.tell_error(rank, error)
-        raise
-    notes.tell(rank, content)
 
 
 def _sign(logs: str, rank: int) -> str:
