@@ -29,6 +29,8 @@ class ReadOptions:
         tab_ids: JSON lines are `id<TAB>{json}`.
         max_document_bytes: longer rows are bad rows; lines are skipped without being held in memory. A line takes
             about 20 times its bytes while it is parsed and tokenised.
+        max_ids: rows that are given as more token ids than that are bad rows. Such a row is one window, and scoring
+            it takes memory in proportion to its length.
     """
 
     text_key: str = "text"
@@ -36,6 +38,7 @@ class ReadOptions:
     group_by: str | None = None
     tab_ids: bool = False
     max_document_bytes: int = 1 << 25
+    max_ids: int = 1 << 20
 
 
 @dataclass(slots=True)
@@ -90,7 +93,7 @@ def document_of(row: dict[str, Any], source: Source, number: int, options: ReadO
     text = _take(rest, options.text_key)
     given_id = _take(rest, options.id_key)
     ids = rest.pop("input_ids", None)
-    input_ids = None if ids is None else _token_ids(ids)
+    input_ids = None if ids is None else _token_ids(ids, options.max_ids)
     if input_ids is not None and text in (_ABSENT, None, ""):
         text = None
     else:
@@ -151,11 +154,13 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _token_ids(values: Any) -> npt.NDArray[np.int32]:
+def _token_ids(values: Any, most: int) -> npt.NDArray[np.int32]:
     if not isinstance(values, list | np.ndarray):
         raise Reject("input_ids is not a list")
     if len(values) == 0:
         raise Reject("input_ids is empty")
+    if len(values) > most:
+        raise Reject(f"more than {most:,} token ids")
     if isinstance(values, list) and set(map(type, values)) != {int}:
         raise Reject("input_ids holds something other than integers")
     # numpy's own min and max would turn Python integers beyond 64 bits into an error.
