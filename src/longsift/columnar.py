@@ -42,7 +42,7 @@ def parquet_rows(file: SourceFile, piece: Piece, options: ReadOptions) -> Genera
         if piece.start == 0:  # once for the file
             yield BadRow(source.url, None, "unreadable parquet file", excerpt(str(error)))
         return 0
-    sizes: list[int] = [table.metadata.row_group(index).num_rows for index in range(table.num_row_groups)]
+    sizes: list[int] = [max(0, table.metadata.row_group(index).num_rows) for index in range(table.num_row_groups)]
     # Not by their own places, which a damaged file may give twice or out of its range.
     groups = [i for i in range(len(sizes)) if piece.start <= i * source.size // len(sizes) < piece.stop]
     start = sum(sizes[: groups[0]]) if groups else 0
@@ -81,7 +81,7 @@ def _group_rows(
     group = table.metadata.row_group(index)
     columns = _columns(file, table, index) if group.total_byte_size > _PAGE_BYTES else []
     if sum(column.total_compressed_size for column in columns) > _GROUP_BYTES:
-        table = pq.ParquetFile(file, metadata=table.metadata, buffer_size=_READ_BYTES)
+        table = pq.ParquetFile(file, metadata=table.metadata, buffer_size=_READ_BYTES, pre_buffer=False)
     schema = table.schema_arrow
     streamed = _streamed(file, source, table, columns, options)
     others = [name for name in schema.names if name not in streamed] if streamed else None
@@ -152,7 +152,7 @@ def _columns(file: SourceFile, table: pq.ParquetFile, index: int) -> list[Any]:
     Raises:
         pa.ArrowException, OSError: the file says nothing sensible.
     """
-    unread = pq.ParquetFile(_Unread(file), metadata=table.metadata, buffer_size=1)
+    unread = pq.ParquetFile(_Unread(file), metadata=table.metadata, buffer_size=1, pre_buffer=False)
     for number in range(len(table.schema)):
         with suppress(_Reached):
             next(unread.reader.iter_batches(1, [index], column_indices=[number], use_threads=False), None)

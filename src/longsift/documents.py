@@ -1,9 +1,8 @@
 """Reading documents: JSON lines, Parquet and Hugging Face datasets, on any file system that fsspec knows.
 
 One row of a source becomes one `Document` or one `BadRow`: no row is dropped in silence, and a bad row never
-takes a good one with it. Memory holds one line, a few Parquet rows or one Arrow record batch. What the storage
-does wrong (a file that is gone, forbidden, or no longer what was listed) is no bad row but an `InputError`: the
-file is to be read again.
+takes a good one with it. Memory holds one line or a few rows of columns. What the storage does wrong (a file that
+is gone, forbidden, or no longer what was listed) is no bad row but an `InputError`: the file is to be read again.
 """
 
 from __future__ import annotations
