@@ -15,19 +15,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
 
 from longsift.documents import BadRow, Document, excerpt
 from longsift.errors import ModelError, UsageError
 from longsift.tables import WINDOWS
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 # ASCII characters tokenised in one call: enough for every core; their encodings take some hundred MB.
 _BATCH_CHARS = 2 << 20
@@ -42,7 +41,9 @@ _LONGEST_TRIED = 4 * _PART_CHARS
 _TRIES = 4
 # Where pre-tokenizers begin anew: after a line break with ink on both sides, before a space between words.
 _PLACE = re.compile(r"\S\r?\n(?=\S)|\w(?= \w)")
-
+# What a tokenizer marks every start with goes before this character, of which the tokens are then dropped. It is for
+# private use: vocabularies do not know it, so that no merge joins it with what comes after.
+_STRANGER = "\ue000"
 
 _T = TypeVar("_T")
 
@@ -88,6 +89,13 @@ class Encoded:
     ids: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int32]
 
+    def __getitem__(self, tokens: slice) -> Encoded:
+        return Encoded(self.ids[tokens], self.offsets[tokens])
+
+    def firsts(self) -> npt.NDArray[np.int64]:
+        """Indices of the tokens that begin where the one before ends: others share a character with it."""
+        return np.flatnonzero(self.offsets[1:, 0] == self.offsets[:-1, 1]) + 1
+
 
 class WindowTokenizer:
     """A fast tokenizer that gives ids and character offsets, using every core.
@@ -108,10 +116,22 @@ class WindowTokenizer:
         # It would add the special tokens to each part of a text, and trim white space off the offsets.
         backend.post_processor = None
         self._backend = backend
-        model = backend.model
+        model, splitter, normalizer = backend.model, backend.pre_tokenizer, backend.normalizer
         self._merges = isinstance(model, BPE) and not (
             model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix
         )
+        # As of sentencepiece: each character is rewritten for itself, then only the merging of pairs makes tokens.
+        # Without a token for unknown characters the library drops these, and the offsets after them are wrong.
+        self._only_merges = (
+            self._merges
+            and not model.ignore_merges
+            and model.unk_token is not None
+            and (splitter is None or isinstance(splitter, Metaspace))
+            and (normalizer is None or _rewrites_characters(json.loads(normalizer.__getstate__())))
+        )
+        added = backend.get_added_tokens_decoder()
+        self._added = np.array([*added], dtype=np.int32)
+        self._reach = 2 + max((len(token.content) for token in added.values()), default=0)
 
     @classmethod
     def load(cls, model: str, revision: str | None = None, trust_remote_code: bool = False) -> WindowTokenizer:
@@ -160,21 +180,19 @@ class WindowTokenizer:
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Tokenise texts, each as if alone and in one piece.
 
-        Long texts are tokenised in parts. Each cut between two parts is checked: the tokens of the text
-        around it must be those of its two sides. Where neither lines nor words begin, the cut is between two tokens of
-        byte-pair encoding; where no cut holds, the text stays whole. The tokenizers library runs parts and texts on all
-        cores (`TOKENIZERS_PARALLELISM`).
+        Long texts are tokenised in parts, on all cores (`TOKENIZERS_PARALLELISM`); where no cut holds, the text stays
+        whole. Where the merging of pairs alone makes tokens, as with Llama 2 (no pre-tokenizer, or Metaspace), the cuts
+        are proved, see `_meet`; the mark that such a tokenizer puts before every text does not reach the parts.
+        Otherwise each cut is checked: the tokens of the text around it must be those of its two sides. Where neither
+        lines nor words begin, the cut is between two tokens of byte-pair encoding.
         """
         collected: list[list[Encoded]] = [[] for _ in texts]
         parts = ((index, *span) for index, text in enumerate(texts) for span in self._spans(text))
         for batch in _batches(parts, lambda part: _cost(texts[part[0]], part[2] - part[1]), _BATCH_CHARS):
-            encodings = self._encode([texts[index][start:end] for index, start, end in batch])
-            for (index, start, _), part in zip(batch, encodings, strict=True):
-                collected[index].append(Encoded(part.ids, part.offsets + start))
-        return [
-            Encoded(np.concatenate([p.ids for p in parts]), np.concatenate([p.offsets for p in parts]))
-            for parts in collected
-        ]
+            encodings = self._encode_parts([(texts[index], start, end) for index, start, end in batch])
+            for (index, _, _), part in zip(batch, encodings, strict=True):
+                collected[index].append(part)
+        return [self._joined(text, parts) for text, parts in zip(texts, collected, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones included; characters that are cut at an end are replaced by U+FFFD."""
@@ -190,6 +208,16 @@ class WindowTokenizer:
             for encoding in self._backend.encode_batch(texts, add_special_tokens=False)
         ]
 
+    def _encode_parts(self, parts: Sequence[tuple[str, int, int]]) -> list[Encoded]:
+        """The tokens of texts from `start` to `end`, with offsets in the text, as if more came before."""
+        heads = [_STRANGER if start and self._only_merges else "" for _, start, _ in parts]
+        texts = [head + text[start:end] for head, (text, start, end) in zip(heads, parts, strict=True)]
+        kept = []
+        for head, (_, start, _), encoded in zip(heads, parts, self._encode(texts), strict=True):
+            first = int(np.searchsorted(encoded.offsets[:, 0], len(head)))
+            kept.append(Encoded(encoded.ids[first:], encoded.offsets[first:] + (start - len(head))))
+        return kept
+
     def _spans(self, text: str) -> Iterator[tuple[int, int]]:
         """Consecutive (start, end) of the parts of a text that can be tokenised alone."""
         start, end = 0, -1
@@ -199,25 +227,80 @@ class WindowTokenizer:
             start = end
 
     def _next_cut(self, text: str, start: int) -> int:
+        find = self._seam_near if self._only_merges else self._checked_cut
         length = _PART_CHARS
         while start + length < len(text):
-            # Where no place holds, as with tokenizers that mark every start, ever fewer are tried.
-            places = _PLACE.finditer(text, start + length, start + 2 * length)
-            for match in islice(places, _TRIES):
-                if self._parts_cleanly(text, match.end()):
-                    return match.end()
-            tried = self._merges and length <= _LONGEST_TRIED
-            if tried and (place := self._cut_between_tokens(text, start, length)):
+            if (place := find(text, start, length)) is not None:
                 return place
-            length *= 2
+            length *= 2  # where no place holds, ever fewer are tried
         return len(text)
+
+    def _seam_near(self, text: str, start: int, length: int) -> int | None:
+        """A place about `length` after `start` where a token begins in the text around it, for `_meet` to prove."""
+        middle, wide = start + length, _CONTEXT_CHARS + self._reach
+        [near] = self._encode_parts([(text, max(0, middle - wide), middle + wide)])
+        places = near.offsets[self._seams(near), 0]
+        places = places[np.abs(places - middle) < _CONTEXT_CHARS // 2]
+        likely = {match.end() for match in _PLACE.finditer(text, middle - _CONTEXT_CHARS, middle + _CONTEXT_CHARS)}
+        return min(places.tolist(), key=lambda place: (place not in likely, abs(place - middle)), default=None)
+
+    def _seams(self, encoded: Encoded) -> npt.NDArray[np.int64]:
+        """Indices of `firsts` without those that an added token, which is found before the rest, might look at."""
+        seams = encoded.firsts()
+        for begin, end in encoded.offsets[np.isin(encoded.ids, self._added)]:
+            places = encoded.offsets[seams, 0]
+            seams = seams[(places < begin - self._reach) | (places > end + self._reach)]
+        return seams
+
+    def _joined(self, text: str, parts: list[Encoded]) -> Encoded:
+        joined = parts[:1]
+        for part in parts[1:]:
+            for _ in range(_TRIES):
+                if not self._only_merges or self._meet(text, joined[-1], part):
+                    break
+                joined[-1], part = self._moved_back(text, joined[-1], part)
+            else:
+                return self._encode([text])[0]
+            joined.append(part)
+        return _concatenated(joined)
+
+    def _meet(self, text: str, left: Encoded, right: Encoded) -> bool:
+        """Whether the tokens of two neighbouring parts are, together, those of both in one piece.
+
+        It is enough that the last token of `left` and the first of `right` are the tokens of their own text. Suppose
+        that in the whole a merge crosses the cut, and take the first that does. Until then each side is merged as if
+        alone, and what this one joins lies within those two tokens, to which no merge joins what is beyond them. The
+        order of merges is by rank, then from the left: within the two tokens it is the same where they are the whole
+        text. So there, too, this merge comes next, and the tokens are not these two.
+        """
+        if not (len(left.ids) and len(right.ids) and left.offsets[-1, 1] == right.offsets[0, 0]):
+            return False  # the character before `right` took part in its tokens
+        last, after = max([0, *left.firsts()[-1:]]), min([len(right.ids), *right.firsts()[:1]])
+        left, right = left[last:], right[:after]
+        [alone] = self._encode_parts([(text, int(left.offsets[0, 0]), int(right.offsets[-1, 1]))])
+        return _is_both(alone, left, right) and not np.isin(alone.ids, self._added).any()
+
+    def _moved_back(self, text: str, left: Encoded, right: Encoded) -> tuple[Encoded, Encoded]:
+        """Cut before an earlier token of `left`, far enough from its end, which is no end in the whole text."""
+        seams, cut = self._seams(left), left.offsets[-1, 1]
+        places = left.offsets[seams, 0]
+        earlier = int(np.searchsorted(places, cut - _CONTEXT_CHARS)) - 1
+        if earlier < 0 or not len(right.ids) or cut - places[earlier] > _LONGEST_TRIED:
+            return left, right
+        [right] = self._encode_parts([(text, int(places[earlier]), int(right.offsets[-1, 1]))])
+        return left[: seams[earlier]], right
+
+    def _checked_cut(self, text: str, start: int, length: int) -> int | None:
+        places = _PLACE.finditer(text, start + length, start + 2 * length)
+        for match in islice(places, _TRIES):
+            if self._parts_cleanly(text, match.end()):
+                return match.end()
+        return self._cut_between_tokens(text, start, length) if self._merges and length <= _LONGEST_TRIED else None
 
     def _parts_cleanly(self, text: str, place: int) -> bool:
         left, right = text[max(0, place - _CONTEXT_CHARS) : place], text[place : place + _CONTEXT_CHARS]
         both, first, second = self._encode([left + right, left, right])
-        return np.array_equal(both.ids, np.concatenate([first.ids, second.ids])) and np.array_equal(
-            both.offsets, np.concatenate([first.offsets, second.offsets + len(left)])
-        )
+        return _is_both(both, first, Encoded(second.ids, second.offsets + len(left)))
 
     def _cut_between_tokens(self, text: str, start: int, length: int) -> int | None:
         """A place where byte-pair encoding parts `text` after `start`, another such place, at most `length` on.
@@ -232,8 +315,7 @@ class WindowTokenizer:
             return None
         [known] = self._encode([near])
         words = self._words(near)
-        # Tokens that begin where the one before ends: others share a character.
-        firsts = np.flatnonzero(known.offsets[1:, 0] == known.offsets[:-1, 1]) + 1
+        firsts = known.firsts()
         places = known.offsets[firsts, 0]
         compared = _CONTEXT_CHARS // 2  # the rest may be other words and tokens for being cut off
         for i in range(int(np.searchsorted(places, length - _CONTEXT_CHARS)) - 1, -1, -1)[:_TRIES]:
@@ -254,6 +336,23 @@ class WindowTokenizer:
         splitter = self._backend.pre_tokenizer
         words = [("", (0, 0))] if splitter is None else splitter.pre_tokenize_str(text)
         return np.array([begin for _, (begin, _) in words], dtype=np.int64)
+
+
+def _rewrites_characters(rule: dict[str, Any]) -> bool:
+    """Whether a normalizer, given as its JSON, rewrites each character for itself, but for what it puts before all."""
+    if rule["type"] == "Sequence":
+        return all(map(_rewrites_characters, rule["normalizers"]))
+    replaced = len(rule.get("pattern", {}).get("String", ""))
+    return rule["type"] == "Prepend" or (rule["type"] == "Replace" and replaced == 1 and rule["content"] != "")
+
+
+def _concatenated(parts: Sequence[Encoded]) -> Encoded:
+    return Encoded(np.concatenate([part.ids for part in parts]), np.concatenate([part.offsets for part in parts]))
+
+
+def _is_both(encoded: Encoded, left: Encoded, right: Encoded) -> bool:
+    both = _concatenated([left, right])
+    return np.array_equal(encoded.ids, both.ids) and np.array_equal(encoded.offsets, both.offsets)
 
 
 def _between(places: npt.NDArray[np.int64], low: int, high: int) -> npt.NDArray[np.int64]:
