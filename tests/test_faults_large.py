@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from conftest import library_text
 from test_pipeline import table
@@ -91,6 +92,37 @@ def test_the_longest_document_without_a_space_or_a_line_break_is_cut_in_bounded_
     print(f"{len(text):,} Chinese characters: {peak} MB")
     assert peak <= MOST
     assert len(table(tmp_path / "out" / "windows")) > 1000
+
+
+@pytest.mark.parametrize("name", ["English", "Chinese"])
+def test_the_longest_document_is_tokenised_in_bounded_memory_with_every_start_marked(tmp_path: Path, name: str) -> None:
+    english = library_text("pydoc_data/topics.py")
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator([english], trainers.BpeTrainer(vocab_size=8000, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    for token in ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]:
+        model["vocab"].setdefault(token, len(model["vocab"]))
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(model["vocab"], merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    spaces = normalizers.Replace(" ", "\u2581")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces])  # as Llama 2's
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    unit = english if name == "English" else "".join(map(chr, range(0x4E00, 0x9FA5)))
+    path = tmp_path / "text"
+    path.write_text(unit * (31 * (1 << 20) // len(unit.encode())), "utf-8")
+    code = """
+import sys
+from tokenizers import Tokenizer
+from longsift.documents import Document
+from longsift.windows import WindowTokenizer, cut_windows
+document = Document("d", open(sys.argv[2], encoding="utf-8", newline="").read(), None, "web", {}, "x.jsonl", 0)
+windows = cut_windows([document], WindowTokenizer(Tokenizer.from_file(sys.argv[1])), 4096)
+assert sum(window.text in document.text for window in windows) > 1000
+"""
+    peak = peak_of(code, tmp_path / "tokenizer.json", path)
+    print(f"{name}, {path.stat().st_size:,} bytes: {peak} MB")
+    assert peak <= MOST
 
 
 @pytest.mark.parametrize("codec", ["snappy", "none"])

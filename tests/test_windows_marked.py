@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -50,8 +50,9 @@ def sentencepiece(
         vocabulary = vocabulary | {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
     model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=with_bytes, fuse_unk=True)
     tokenizer = Tokenizer(model)
-    tokenizer.add_special_tokens([*SPECIAL, AddedToken("<r>", rstrip=True), AddedToken("<l>", lstrip=True)])
-    tokenizer.add_tokens([AddedToken("alone", single_word=True), AddedToken("two words", normalized=True)])
+    if with_bytes:
+        tokenizer.add_special_tokens([*SPECIAL, AddedToken("<r>", rstrip=True), AddedToken("<l>", lstrip=True)])
+        tokenizer.add_tokens([AddedToken("alone", single_word=True), AddedToken("two words", normalized=True)])
     if splitter is None:
         tokenizer.normalizer = SPACES_MARKED
     else:
@@ -126,7 +127,7 @@ def test_a_text_in_parts_has_the_tokens_of_the_whole(name: str, pieces: list[tup
         "".join(map(chr, range(0x4E00, 0x5600))),
         "=" * 3000,
         " " * 3000,
-        "the end of a turn of many </s> and the start of another " * 100,
+        "zqj</s>" * 500,
     ],
     ids=["English", "made", "Chinese", "one sign", "spaces", "special tokens"],
 )
@@ -134,6 +135,36 @@ def test_a_long_text_is_parted(name: str, text: str) -> None:
     tokenizer = Watched(BACKENDS[name])
     assert_tokens_of_the_whole(tokenizer, BACKENDS[name], text)
     assert tokenizer.longest < 1000
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, *WITHOUT_BYTES])
+@pytest.mark.parametrize(
+    "around",
+    [
+        "</s>",
+        " <l> ",
+        " <r> ",
+        " alone ",
+        " two words ",
+        " " * 400 + "<l>",
+        "<r>" + " " * 400,
+        "\u4e16" * 600,
+        "\ue000" * 9,
+    ],
+    ids=["special", "left", "right", "word", "words", "spaces before", "spaces after", "unknown", "private use"],
+)
+def test_a_text_has_the_tokens_of_the_whole_whatever_lies_where_it_is_cut(name: str, around: str) -> None:
+    backend = (BACKENDS | WITHOUT_BYTES)[name]
+    for shift, rest in product(range(-8, len(around[:12]) + 8), ["", "window" * 100]):
+        text = ("window" * 60)[: 300 - shift] + around + rest
+        assert_tokens_of_the_whole(WindowTokenizer(backend), backend, text)
+
+
+def test_an_added_token_longer_than_what_is_looked_at_is_not_cut() -> None:
+    backend = sentencepiece()
+    backend.add_tokens(["=~" * 100])
+    text = "window" * 30 + "=~" * 100 + "window" * 100
+    assert_tokens_of_the_whole(WindowTokenizer(backend), backend, text)
 
 
 def test_a_text_of_which_no_cut_can_be_proved_stays_whole() -> None:
@@ -151,7 +182,6 @@ def test_a_text_of_which_no_cut_can_be_proved_stays_whole() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"model": {"dropout": 0.5}},
         {"model": {"ignore_merges": True}},
         {"model": {"unk_token": None}},
         {"normalizer": {"type": "NFC"}},

@@ -245,12 +245,9 @@ class WindowTokenizer:
         return min(places.tolist(), key=lambda place: (place not in likely, abs(place - middle)), default=None)
 
     def _seams(self, encoded: Encoded) -> npt.NDArray[np.int64]:
-        """Indices of `firsts` without those that an added token, which is found before the rest, might look at."""
-        seams = encoded.firsts()
-        for begin, end in encoded.offsets[np.isin(encoded.ids, self._added)]:
-            places = encoded.offsets[seams, 0]
-            seams = seams[(places < begin - self._reach) | (places > end + self._reach)]
-        return seams
+        """Indices of `firsts` with no added token on either side, which may look at what is beside it."""
+        firsts, added = encoded.firsts(), np.isin(encoded.ids, self._added)
+        return firsts[~(added[firsts] | added[firsts - 1])]
 
     def _joined(self, text: str, parts: list[Encoded]) -> Encoded:
         joined = parts[:1]
@@ -273,8 +270,8 @@ class WindowTokenizer:
         order of merges is by rank, then from the left: within the two tokens it is the same where they are the whole
         text. So there, too, this merge comes next, and the tokens are not these two.
         """
-        if not (len(left.ids) and len(right.ids) and left.offsets[-1, 1] == right.offsets[0, 0]):
-            return False  # the character before `right` took part in its tokens
+        if not len(right.ids):
+            return False  # the character before it took part in its only token
         last, after = max([0, *left.firsts()[-1:]]), min([len(right.ids), *right.firsts()[:1]])
         left, right = left[last:], right[:after]
         [alone] = self._encode_parts([(text, int(left.offsets[0, 0]), int(right.offsets[-1, 1]))])
