@@ -162,7 +162,7 @@ def test_a_text_has_the_tokens_of_the_whole_whatever_lies_where_it_is_cut(name: 
 
 def test_an_added_token_longer_than_what_is_looked_at_is_not_cut() -> None:
     backend = sentencepiece()
-    backend.add_tokens(["=~" * 100])
+    backend.add_special_tokens(["=~" * 100])
     text = "window" * 30 + "=~" * 100 + "window" * 100
     assert_tokens_of_the_whole(WindowTokenizer(backend), backend, text)
 
@@ -177,6 +177,17 @@ def test_a_text_of_which_no_cut_can_be_proved_stays_whole() -> None:
     assert len([*tokenizer._spans(text)]) > 5
     assert_tokens_of_the_whole(tokenizer, backend, text)
     assert tokenizer.longest == len(text)
+
+
+@pytest.mark.parametrize(("split", "parted"), [(True, True), (False, False)], ids=["words", "whole text"])
+def test_a_text_is_parted_by_a_unigram_model_only_where_it_sees_words(split: bool, parted: bool) -> None:
+    scores = [("<unk>", -9.0), (MARK, -3.1), (MARK * 8, -5.3), (MARK * 12, -5.7), ("window", -4.9), ("ed", -6.1)]
+    backend = Tokenizer(models.Unigram(scores, unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(split=split)
+    text = ("windowed window " * 20 + " " * 50) * 10
+    tokenizer = WindowTokenizer(backend)
+    assert (len([*tokenizer._spans(text)]) > 5) is parted
+    assert_tokens_of_the_whole(tokenizer, backend, text)
 
 
 @pytest.mark.parametrize(

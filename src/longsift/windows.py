@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram
 from tokenizers.pre_tokenizers import Metaspace
 
 from longsift.documents import BadRow, Document, excerpt
@@ -129,6 +129,9 @@ class WindowTokenizer:
             and (splitter is None or isinstance(splitter, Metaspace))
             and (normalizer is None or _rewrites_characters(json.loads(normalizer.__getstate__())))
         )
+        # A sum over the whole text: its rounding tells which of two equal orders of tokens wins, as in a run of spaces.
+        unsplit = splitter is None or (isinstance(splitter, Metaspace) and not splitter.split)
+        self._whole = unsplit and isinstance(model, Unigram)
         added = backend.get_added_tokens_decoder()
         self._added = np.array([*added], dtype=np.int32)
         self._reach = 2 + max((len(token.content) for token in added.values()), default=0)
@@ -228,7 +231,7 @@ class WindowTokenizer:
 
     def _next_cut(self, text: str, start: int) -> int:
         find = self._seam_near if self._only_merges else self._checked_cut
-        length = _PART_CHARS
+        length = len(text) if self._whole else _PART_CHARS
         while start + length < len(text):
             if (place := find(text, start, length)) is not None:
                 return place
