@@ -46,6 +46,9 @@ from longsift.windows import (
 DEFAULT_WINDOW = 32_768
 _QUARANTINE_ROWS = 10_000  # of a file
 _COUNTS = ("documents", "too_short", "too_short_tokens", "windows", "tokens")  # of a `Tally`
+# Scoring a row of ids takes memory in proportion to its length: with the embedded calculator, which is made for windows
+# of 32,768, 9 KB an id. So it keeps within 1.5 GB.
+_EMBEDDED_IDS = 1 << 16
 _NAMED = 5  # files that could not be read and that an error names
 _BYTES_EACH = 2 << 20  # of sources, often compressed, for which another process that cuts is worth its start
 
@@ -332,6 +335,7 @@ class Cutter:
             id_key=options.id_key,
             group_by=options.group_by,
             tab_ids=options.tab_ids,
+            max_ids=_EMBEDDED_IDS if model.model in (None, "embedded") else ReadOptions().max_ids,
         )
         self.sample = BottomK(options.sample) if options.sample else None
 
