@@ -191,8 +191,9 @@ def cut_pieces(
     numbers = _RowNumbers(folder, options.piece_bytes)
     windows, quarantine = _parts(folder.windows), _parts(folder.quarantine)
     for shard, place in places.items():
-        for path in windows.get(shard, [])[: place.windows]:
-            on_part(path)
+        for path in windows.get(shard, []):
+            if _part_number(path) < place.windows:
+                on_part(path)
 
     def read(shard: str, piece: Piece) -> Iterator[Document | BadRow]:
         try:

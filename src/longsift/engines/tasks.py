@@ -18,7 +18,7 @@ from typing import Any
 from longsift.cutting import cut_pieces
 from longsift.documents import count_lines
 from longsift.engines.local import Facts, LocalEngine, Shard, devices
-from longsift.errors import UsageError
+from longsift.errors import InputError, UsageError
 from longsift.jobs import at_work, noted
 from longsift.options import EngineOptions, ModelOptions, ScoreOptions, WindowOptions
 from longsift.progress import Progress
@@ -37,6 +37,8 @@ _MOST_TASKS = 64
 
 class CountLines(PipelineStep):  # type: ignore[misc]  # datatrove has no types
     """Count the lines that begin in a task's share of the pieces of files, which tell the numbers of the rows after.
+
+    Files that cannot be read are left to those who cut them.
 
     Args:
         out: the run folder, whose windows stage is begun.
@@ -60,7 +62,10 @@ class CountLines(PipelineStep):  # type: ignore[misc]  # datatrove has no types
         with self.around(), noted(self.logs, rank), at_work(folder.path, _sign(self.logs, rank), list):
             planned = folder.pieces()
             for shard in _share(self.pieces, rank, world_size):
-                folder.note_lines(shard, count_lines(planned[shard]))
+                try:
+                    folder.note_lines(shard, count_lines(planned[shard]))
+                except InputError as error:
+                    log.warning("%s", error)
         yield from ()
 
 
