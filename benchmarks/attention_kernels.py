@@ -31,9 +31,9 @@ from longsift.attention import attention_and_focus, far_statistics, span_focus
 from longsift.calculators import LayerAttention
 from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel
-from longsift.cutting import load_tokenizer
 from longsift.methods.ladm import Ladm
 from longsift.methods.longattn import far_distance
+from longsift.pieces import load_tokenizer
 from longsift.scoring import resolve_device
 from measuring import Timing, exponential_rate, input_sets, matmul_rate, parser, peak_bytes, table, time_calls, write
 from published import SPAN, far_mask, ladm_dependency, ladm_layer, longattn_layer, published

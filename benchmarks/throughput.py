@@ -33,9 +33,10 @@ import torch
 
 from longsift import pipeline
 from longsift.calculators.checkpoint import EMBEDDED
-from longsift.cutting import cut_sources, load_tokenizer
+from longsift.cutting import cut_sources
 from longsift.documents import Document, ReadOptions, read_documents
 from longsift.options import ModelOptions, ScoreOptions, WindowOptions
+from longsift.pieces import load_tokenizer
 from longsift.scoring import Scorer, resolve_device
 from longsift.scoring_stage import ScoreStage
 from longsift.shards import RunFolder

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from longsift.cutting import begin_windows, cut_pieces, cut_sources
+from longsift.cutting import begin_windows, cut_sources
+from longsift.engines.pieces import cut_pieces
 from longsift.options import ModelOptions, WindowOptions
 from longsift.progress import Progress
 from longsift.shards import RunFolder, plan_pieces
@@ -91,7 +92,9 @@ def contents(out: Path) -> dict[str, bytes]:
         pytest.param("parquet", {"limit": 33}, 2, id="limited"),
         pytest.param("gz", {"sample": 20, "seed": 3}, 1, id="sampled"),
         pytest.param("jsonl", {"piece_bytes": 5000}, 2, id="pieces of lines"),
-        pytest.param("parquet", {"piece_bytes": 3000, "cut_workers": 2}, 4, id="pieces of row groups, two processes"),
+        pytest.param(
+            "parquet", {"piece_bytes": 1500, "cut_workers": 2}, 6, id="pieces of row groups, each process its own"
+        ),
     ],
 )
 def test_cutting_that_is_stopped_after_its_parts_gives_the_same_tables(tmp_path, kind, more, every):
@@ -131,7 +134,9 @@ def table(out: Path, name: str) -> list[dict]:
     return [row for path in parquet_files(out / name) for row in pq.read_table(path).to_pylist()]
 
 
-@pytest.mark.parametrize("workers", [1, 2], ids=["cut here", "cut by processes"])
+@pytest.mark.parametrize(
+    "workers", [1, 2, 5], ids=["here", "by processes, each its own pieces", "by processes together"]
+)
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("more", [{}, {"limit": 33}, {"sample": 20, "seed": 3}], ids=["all", "limited", "sampled"])
 def test_pieces_of_any_size_give_the_same_rows(tmp_path, kind, workers, more):

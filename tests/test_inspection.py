@@ -18,7 +18,6 @@ from longsift.attention import span_focus
 from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel
 from longsift.cli import app
-from longsift.cutting import load_tokenizer
 from longsift.documents import Document
 from longsift.errors import ModelError, UsageError
 from longsift.inspection import (
@@ -37,6 +36,7 @@ from longsift.inspection.subjects import passages, read_subject
 from longsift.methods.ladm import Ladm
 from longsift.methods.longattn import LongAttn
 from longsift.options import InspectOptions, ModelOptions
+from longsift.pieces import load_tokenizer
 from longsift.windows import cut_windows
 from test_pipeline import as_json, longsift
 

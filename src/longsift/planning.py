@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from longsift.cutting import Cutter
 from longsift.documents import BadRow, Document, read_documents
 from longsift.errors import InputError
 from longsift.options import ModelOptions, ScoreOptions, WindowOptions
+from longsift.pieces import Cutter
 from longsift.scoring import Scorer
 from longsift.scoring_stage import model_of, windows_to_score
 from longsift.shards import RunFolder

@@ -24,11 +24,11 @@ from longsift.calculators.checkpoint import Checkpoint, locate
 from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel, existing_layers
 from longsift.calculators.interface import read_config
-from longsift.cutting import load_tokenizer
 from longsift.errors import ModelError, UsageError
 from longsift.methods import Method, build_method, parameters_of
 from longsift.methods.calibrated import Calibrated
 from longsift.options import ModelOptions, ScoreOptions
+from longsift.pieces import load_tokenizer
 from longsift.tables import SCORE_KEYS
 from longsift.windows import WindowTokenizer, window_starts
 

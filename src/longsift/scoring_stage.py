@@ -13,12 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from longsift.cutting import load_tokenizer
 from longsift.engines.local import Facts, LocalEngine, Shard, devices, facts_of, score_each
 from longsift.errors import InputError, ShardsSetAside, UsageError
 from longsift.measured import measured_groups
 from longsift.methods import build_method
 from longsift.options import EngineOptions, ModelOptions, ScoreOptions
+from longsift.pieces import load_tokenizer
 from longsift.progress import Progress
 from longsift.shards import RunFolder
 from longsift.tables import parquet_files

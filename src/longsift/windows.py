@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -174,7 +175,7 @@ class WindowTokenizer:
             )
         return cls(backend)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of the vocabulary, the rules and the special tokens: equal means that ids mean the same."""
         parts = (self._backend.to_str(), self.prefix.tolist(), self.suffix.tolist())

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from longsift.engines.children import Link
 from longsift.engines.local import Facts, Shard
+from longsift.engines.pieces import cut_in_process
 from longsift.errors import ModelError
-from longsift.options import ModelOptions, ScoreOptions
+from longsift.options import ModelOptions, ScoreOptions, WindowOptions
+from longsift.pieces import Cutter
 from longsift.windows import cut_windows
 
 
@@ -106,3 +108,27 @@ def cut(link: Link) -> None:
                 if not row.text.startswith("kill once") or tries.read_text() == "x":
                     os.kill(os.getpid(), signal.SIGKILL)
         link.send(list(cut_windows(rows, tokenizer, length)))
+
+
+def cut_pieces(link: Link, out: Path, model: ModelOptions, options: WindowOptions) -> None:
+    """Cut pieces, but die once after the second file of a piece that `out/../mortal` names; twice if it says so."""
+    name, times = (out.parent / "mortal").read_text().split()
+    keep = Cutter.keep
+
+    def keep_mortally(cutter, rows, job, folder, progress, on_part):
+        tries = out.parent / "tries"
+        written = 0
+
+        def count(path: Path) -> None:
+            nonlocal written
+            on_part(path)
+            written += 1
+            if job.shard == name and written == 2 and len(tries.read_text() if tries.exists() else "") < int(times):
+                with tries.open("a") as file:
+                    file.write("x")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return keep(cutter, rows, job, folder, progress, count)
+
+    Cutter.keep = keep_mortally
+    cut_in_process(link, out, model, options)

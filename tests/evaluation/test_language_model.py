@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from checkpoints import make_checkpoint
-from longsift.cutting import load_tokenizer
 from longsift.errors import ModelError, UsageError
 from longsift.evaluation import language_model
 from longsift.evaluation.language_model import LanguageModel
 from longsift.evaluation.needle import make_needle, needle_test
 from longsift.evaluation.perplexity import buckets, perplexity
 from longsift.options import ControlOptions, MeterOptions, ModelOptions, NeedleOptions
+from longsift.pieces import load_tokenizer
 
 CPU = MeterOptions(device="cpu")
 # Full attention; sliding windows of 48 in all layers, beside full ones, and with a soft cap; layers without positions.

@@ -22,13 +22,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Self
 
-from longsift.cutting import uncounted
 from longsift.engines.children import Child, Failure, Link
 from longsift.engines.local import Advance, Facts, Patience, Shard
 from longsift.engines.tasks import CountLines, CutPieces, ScoreShards, deal, for_tasks, new_logs
 from longsift.errors import LongsiftError, ProcessLost, UsageError
 from longsift.jobs import TaskNotes, tasks_at_work
 from longsift.options import EngineOptions, ModelOptions, ScoreOptions, WindowOptions
+from longsift.pieces import uncounted
 from longsift.progress import Progress
 from longsift.shards import RunFolder
 

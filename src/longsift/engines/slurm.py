@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from longsift import pipeline
-from longsift.cutting import begin_windows, can_be_cut_elsewhere, cut_sources, uncounted
+from longsift.cutting import begin_windows, can_be_cut_elsewhere, cut_sources
 from longsift.engines.tasks import CountLines, CutPieces, ScoreShards, deal, for_tasks, new_logs, tasks_at_most
 from longsift.errors import UsageError
 from longsift.jobs import check_ended, note_slurm_jobs, noted
 from longsift.options import EngineOptions, ModelOptions, ScoreOptions, SelectOptions, WindowOptions
+from longsift.pieces import uncounted
 from longsift.scoring import score_identity
 from longsift.scoring_stage import check_tokenizer, model_of, windows_to_score
 from longsift.shards import RunFolder

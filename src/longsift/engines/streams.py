@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from longsift.cutting import DEFAULT_WINDOW, load_tokenizer
 from longsift.documents import BadRow, Document
 from longsift.errors import UsageError
 from longsift.methods import Method
+from longsift.pieces import DEFAULT_WINDOW, load_tokenizer
 from longsift.scoring import Scorer
 from longsift.tables import SCORE_KEYS
 from longsift.windows import TooShort, Window, WindowTokenizer, cut_windows

@@ -15,9 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from longsift.cutting import cut_pieces
 from longsift.documents import count_lines
 from longsift.engines.local import Facts, LocalEngine, Shard, devices
+from longsift.engines.pieces import cut_pieces
 from longsift.errors import InputError, UsageError
 from longsift.jobs import at_work, noted
 from longsift.options import EngineOptions, ModelOptions, ScoreOptions, WindowOptions

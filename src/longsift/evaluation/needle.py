@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from longsift.cutting import load_tokenizer
 from longsift.errors import UsageError
 from longsift.evaluation.controls import draw
 from longsift.evaluation.language_model import LanguageModel
 from longsift.options import ControlOptions, MeterOptions, ModelOptions, NeedleOptions
+from longsift.pieces import load_tokenizer
 from longsift.progress import Progress
 from longsift.windows import WindowTokenizer
 

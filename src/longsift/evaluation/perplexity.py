@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from longsift.cutting import load_tokenizer
 from longsift.evaluation.controls import draw
 from longsift.evaluation.language_model import LanguageModel
 from longsift.options import ControlOptions, MeterOptions, ModelOptions
+from longsift.pieces import load_tokenizer
 from longsift.progress import Progress
 
 _FIRST = 256  # tokens in the first bucket; each next one ends at twice the position

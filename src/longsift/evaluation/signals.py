@@ -28,13 +28,13 @@ from longsift.calculators import LayerAttention
 from longsift.calculators.checkpoint import Checkpoint, locate
 from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel
-from longsift.cutting import load_tokenizer
 from longsift.errors import ModelError, OutputError, UsageError
 from longsift.evaluation.controls import Sample, build_controls, draw
 from longsift.methods.calibrated import STATISTICS, head_statistics
 from longsift.methods.ladm import Ladm
 from longsift.methods.longattn import far_attention
 from longsift.options import ControlOptions, MeterOptions, ModelOptions
+from longsift.pieces import load_tokenizer
 from longsift.progress import Progress
 from longsift.scoring import resolve_device, resolve_dtype
 from longsift.shards import write_json

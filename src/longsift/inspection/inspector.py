@@ -17,12 +17,12 @@ import torch
 
 from longsift.calculators.first_layer import FirstLayer
 from longsift.calculators.full import FullModel
-from longsift.cutting import DEFAULT_WINDOW, load_tokenizer
 from longsift.errors import InputError, ModelError, UsageError
 from longsift.inspection.maps import DependencyMap, dependency_map
 from longsift.inspection.page import HEAD_BYTES, render_page, triangle
 from longsift.inspection.subjects import Subject, passages, read_subject, window_of_run
 from longsift.options import InspectOptions, ModelOptions
+from longsift.pieces import DEFAULT_WINDOW, load_tokenizer
 from longsift.scoring import parse_layers, resolve_device, resolve_dtype
 from longsift.shards import RunFolder
 from longsift.tables import publish
