@@ -143,6 +143,13 @@ def test_the_overhead_of_the_engine_is_of_the_same_windows(tmp_path):
         assert result["bare"][key] > 0
 
 
+def test_cutting_is_timed_with_one_reader_and_with_many(tmp_path):
+    result = figures("cutting", tmp_path / "out.json", "--workers", 1, 2, "--folder", tmp_path)
+    assert [row["workers"] for row in result["rows"]] == [1, 2]
+    assert len({row["tokens"] for row in result["rows"]}) == 1
+    assert all(row[way] > 0 for row in result["rows"] for way in ("together", "apart"))
+
+
 def test_long_windows_are_measured_up_to_the_time_that_they_may_take(tmp_path, capsys):
     curve = tmp_path / "curve.svg"
     flags = ["--case", "ladm-layer", "--lengths", 2560, 3072, 2560 << 12, "--curve", curve]
