@@ -132,7 +132,7 @@ def _cut_together(
 
 
 class _Apart:
-    """Cuts pieces in processes that each read and write their own: one that reads for all can feed some sixteen.
+    """Cuts pieces in processes that each read and write their own: one that reads for all holds up many.
 
     Args:
         processes: how many.
