@@ -36,9 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cores = len(os.sched_getaffinity(0))
     flags = parser(__doc__ or "")
     flags.add_argument("--workers", type=int, nargs="+", default=sorted({1, max(1, cores // 2), cores}))
-    flags.add_argument(
-        "--folder", type=Path, help="where the file goes while it is needed; default: TMPDIR"
-    )
+    flags.add_argument("--folder", type=Path, help="where the file goes while it is needed; default: TMPDIR")
     asked = flags.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="longsift-cutting-", dir=asked.folder) as name:
         folder = Path(name)

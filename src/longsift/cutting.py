@@ -104,10 +104,9 @@ def cut_sources(
     if options.sample is not None:
         _keep_sample(folder, options.sample, options.seed)
         counts |= {"windows_before_sample": counts["windows"], **_count_sample(folder)}
-    seconds = sum(record["seconds"] for record in records)
     # A piece that another process cut may be the one that had text.
     text = {key: next((r[key] for r in records if r[key] is not None), None) for key in ("tokenizer", "length")}
-    folder.finish("windows", {"counts": counts, "seconds": seconds, **text})
+    folder.finish("windows", {"counts": counts, "seconds": _seconds_by_the_clock(records), **text})
     return counts
 
 
@@ -162,6 +161,15 @@ def _keep_sample(folder: RunFolder, size: int, seed: int) -> None:
         else:  # also where all are kept: read and written once more, they are other bytes
             with publish(path) as temporary:
                 pq.write_table(table.filter(pa.array(kept)), temporary, compression="zstd")
+
+
+def _seconds_by_the_clock(records: Iterable[dict[str, Any]]) -> float:
+    """For how long some piece was being cut; several may have been at once, and none for a time."""
+    total, reached = 0.0, 0.0
+    for began, ended in sorted((record["ended"] - record["seconds"], record["ended"]) for record in records):
+        total += max(0.0, ended - max(began, reached))
+        reached = max(reached, ended)
+    return round(total, 3)
 
 
 def _sum_counts(records: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -200,6 +200,7 @@ class Cutter:
                 "bad_rows": tally.bad_rows.total(),
                 "reasons": dict(tally.bad_rows),
                 "seconds": round(seconds, 3),
+                "ended": time.time(),
                 **about,
             }
 

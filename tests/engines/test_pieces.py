@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,15 @@ def test_pieces_that_cannot_be_read_do_not_stop_the_others(tmp_path):
         cut_sources(sources, folder, ModelOptions(), options, overwrite=False, quiet=True)
     left = folder.pieces().keys() - folder.records("windows").keys()
     assert left == {shard for shard, piece in folder.pieces().items() if piece.source.url == str(lost)}
+
+
+def test_the_seconds_of_cutting_are_those_of_the_clock(tmp_path):
+    inputs = write(tmp_path / "in", "jsonl")
+    began = time.perf_counter()
+    folder = cut(inputs, tmp_path / "out", 2)
+    took = time.perf_counter() - began
+    each = [record["seconds"] for record in folder.records("windows").values()]
+    assert max(each) <= folder.section("windows")["seconds"] <= min(took, sum(each)) + 0.1
 
 
 def test_pieces_of_ids_need_no_tokenizer(tmp_path):
