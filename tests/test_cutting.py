@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from longsift.cutting import begin_windows, cut_sources
+from longsift.cutting import begin_windows, can_be_cut_elsewhere, cut_sources
 from longsift.engines.pieces import cut_pieces
 from longsift.options import ModelOptions, WindowOptions
 from longsift.progress import Progress
 from longsift.shards import RunFolder, plan_pieces
-from longsift.sources import find_sources
+from longsift.sources import Source, find_sources
 from longsift.status import run_status
 from longsift.tables import parquet_files
 
@@ -194,6 +194,19 @@ def test_two_at_one_piece_do_no_harm(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "quiet")
     counts = (RunFolder(tmp_path / name).section("windows")["counts"] for name in ("quiet", "out"))
     assert next(counts) == next(counts)
+
+
+SECRET = "https://user:password@host/a.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("address", "limit", "elsewhere"),
+    [("", None, True), ("", 5, False), (SECRET, None, False)],
+    ids=["a file", "a limit", "a password"],
+)
+def test_what_would_have_to_wait_or_to_write_a_secret_down_is_not_cut_elsewhere(address, limit, elsewhere):
+    source = Source("https://host/a.jsonl", "a", "jsonl", 10, address=address)
+    assert can_be_cut_elsewhere([source], WindowOptions(limit=limit)) == elsewhere
 
 
 def test_overwriting_forgets_where_an_earlier_cutting_stopped(tmp_path):
