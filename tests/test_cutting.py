@@ -13,6 +13,7 @@ import pytest
 
 from longsift.cutting import begin_windows, can_be_cut_elsewhere, cut_sources
 from longsift.engines.pieces import cut_pieces
+from longsift.errors import InputError
 from longsift.options import ModelOptions, WindowOptions
 from longsift.progress import Progress
 from longsift.shards import RunFolder, plan_pieces
@@ -111,7 +112,7 @@ def test_cutting_that_is_stopped_after_its_parts_gives_the_same_tables(tmp_path,
     quiet, stopped = (RunFolder(tmp_path / name).section("windows") for name in ("quiet", "out"))
     assert stopped["counts"] == quiet["counts"]
     assert (stopped["tokenizer"], stopped["length"]) == (quiet["tokenizer"], 64)
-    assert not list((tmp_path / "out" / "shards" / "begun").iterdir())
+    assert not (tmp_path / "out" / "shards" / "begun").exists()
 
 
 def test_parts_before_the_stop_are_left_as_they_are_and_status_counts_them(tmp_path):
@@ -194,6 +195,32 @@ def test_two_at_one_piece_do_no_harm(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "quiet")
     counts = (RunFolder(tmp_path / name).section("windows")["counts"] for name in ("quiet", "out"))
     assert next(counts) == next(counts)
+
+
+@pytest.mark.parametrize(
+    ("workers", "piece_bytes"),
+    [(1, 1 << 28), (2, 1 << 28), (2, 3000)],
+    ids=["here", "by processes together", "by processes, each its own pieces"],
+)
+def test_a_file_that_is_gone_when_a_stopped_cutting_goes_on_is_not_taken_for_read(tmp_path, workers, piece_bytes):
+    inputs = write(tmp_path / "in", "jsonl")
+    options = WindowOptions(window=64, shard_tokens=256, cut_workers=workers, piece_bytes=piece_bytes)
+    cut(inputs, tmp_path / "quiet", options)
+    with pytest.raises(Stopped):
+        cut(inputs, tmp_path / "out", options, parts=6)
+    sources, folder = find_sources(inputs), RunFolder(tmp_path / "out")
+    begun = {folder.pieces()[shard].source.url for shard in folder.places()}
+    assert begun
+    for url in begun:
+        Path(url).rename(f"{url}.away")
+    with folder.lock(), pytest.raises(InputError, match="could not be read"):
+        cut_sources(sources, folder, ModelOptions(), options, overwrite=False, quiet=True)
+    assert not folder.records("windows").keys() & folder.places().keys()
+    assert folder.places()
+    for url in begun:
+        Path(f"{url}.away").rename(url)
+    cut(inputs, tmp_path / "out", options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "quiet")
 
 
 SECRET = "https://user:password@host/a.jsonl"

@@ -106,6 +106,7 @@ def cut_sources(
         counts |= {"windows_before_sample": counts["windows"], **_count_sample(folder)}
     # A piece that another process cut may be the one that had text.
     text = {key: next((r[key] for r in records if r[key] is not None), None) for key in ("tokenizer", "length")}
+    folder.forget_places()
     folder.finish("windows", {"counts": counts, "seconds": _seconds_by_the_clock(records), **text})
     return counts
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -204,11 +204,16 @@ class Cutter:
                 **about,
             }
 
-        for row in islice(rows, place.row_windows, None):
-            tally.add(row)
+        written = place.row_windows
+        for row in rows:
             if isinstance(row, Unread):
                 unread = row  # the last, but rows have to be used up
-            elif isinstance(row, BadRow):
+                continue
+            if written:
+                written -= 1
+                continue
+            tally.add(row)
+            if isinstance(row, BadRow):
                 quarantine.add(row)
                 if len(quarantine.held) >= _QUARANTINE_ROWS:
                     quarantine.write()

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -53,6 +53,10 @@ def write_json(path: Path, content: Any) -> None:
     """Write `content` as JSON, visible whole or not at all."""
     with publish(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class RunFolder:
@@ -197,7 +201,7 @@ class RunFolder:
     def records(self, stage: Stage) -> dict[str, dict[str, Any]]:
         """The records of the finished shards of a stage, by shard, in order."""
         folder = self.path / "shards" / stage
-        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+        return {path.stem: _read_json(path) for path in sorted(folder.glob("*.json"))}
 
     def mark_place(self, shard: str, content: dict[str, Any]) -> None:
         """Write how far a shard of the windows stage is cut."""
@@ -210,12 +214,21 @@ class RunFolder:
     def line_counts(self) -> dict[str, int]:
         """How many lines of its file begin in each shard of the windows stage, where that was noted."""
         paths = (self.path / "shards" / "lines").glob("*.json")
-        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+        return {path.stem: _read_json(path) for path in paths}
 
     def places(self) -> dict[str, dict[str, Any]]:
         """How far the shards of the windows stage are cut that are begun and not done."""
-        paths = (self.path / "shards" / "begun").glob("*.json")
-        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)}
+        places: dict[str, dict[str, Any]] = {}
+        for path in sorted((self.path / "shards" / "begun").glob("*.json")):
+            # A process may end between its record and the end of its place.
+            if not (self.path / "shards" / "windows" / path.name).exists():
+                with suppress(FileNotFoundError):  # it is done now
+                    places[path.stem] = _read_json(path)
+        return places
+
+    def forget_places(self) -> None:
+        """All shards of the windows stage are done."""
+        shutil.rmtree(self.path / "shards" / "begun", ignore_errors=True)
 
     def set_aside(self, shard: str, reason: str) -> None:
         """Write the record that says that a shard of the scores stage could not be done, and why."""
@@ -225,7 +238,7 @@ class RunFolder:
     def shards_set_aside(self) -> dict[str, str]:
         """The shards that the scores stage has set aside since it was last begun, in order, with the reason."""
         paths = sorted((self.path / "shards" / "set-aside").glob("*.json"))
-        return {path.stem: json.loads(path.read_text(encoding="utf-8"))["reason"] for path in paths}
+        return {path.stem: _read_json(path)["reason"] for path in paths}
 
     def explain_set_aside(self) -> str:
         """Which shards are set aside and why, and what to do, in words."""

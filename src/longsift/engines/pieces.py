@@ -92,22 +92,27 @@ def _cut_together(
     records: dict[str, dict[str, Any]] = {}
     unread: dict[str, str] = {}
 
-    def read(job: Job) -> Iterator[Document | BadRow]:
+    def read(job: Job, left: int | None) -> Iterator[Document | BadRow]:
+        end: int | None = None
+
+        def all_rows(first: int) -> Iterator[Document | BadRow]:
+            nonlocal end
+            end = yield from read_piece(job.piece, first, cutter.read, progress.advance)
+
         try:
             first = numbers.first(job.shard, job.piece)
-            end = yield from read_piece(job.piece, first, cutter.read, progress.advance)
+            documents = all_rows(first) if left is None else first_documents(all_rows(first), left)
+            yield from islice(documents, job.place.rows, None)
         except InputError as error:
             yield Unread(job.piece.source.url, None, str(error), "")
         else:
-            numbers.note(job.shard, job.piece, end - first)
+            if end is not None:
+                numbers.note(job.shard, job.piece, end - first)
 
     def rows() -> Iterator[Iterator[Document | BadRow]]:
         left = None if options.limit is None else options.limit - read_before
         for job in jobs:
-            documents = read(job)
-            if left is not None:
-                documents = first_documents(documents, left)
-            yield islice(documents, job.place.rows, None)
+            yield read(job, left)
             if left is not None:
                 left -= records[job.shard]["documents"]
 
