@@ -167,7 +167,7 @@ class RayEngine:
         step = ScoreShards(out, shards, logs, tied_to_actor, model=self._model, options=self._options)
         _run(step, tasks, self._engine, logs, self._collect)
         notes = TaskNotes(logs)
-        facts = next((Facts(**told) for told in notes.told()), None)  # the same of all tasks
+        facts = next((Facts(**told) for told in notes.told() if told), None)  # the same of all tasks
         return facts, list(notes.errors().values())
 
     def _collect(self) -> None:

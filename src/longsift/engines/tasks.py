@@ -150,7 +150,8 @@ class ScoreShards(PipelineStep):  # type: ignore[misc]
             else:
                 names = _share(self.shards, rank, world_size)
             mine = [windows / name for name in names if not (records / name).with_suffix(".json").exists()]
-            told |= asdict(self._score(mine, folder, _sign(self.logs, rank)))
+            if mine or rank == 0:  # which tells what the calculator is, even where nothing is left
+                told |= asdict(self._score(mine, folder, _sign(self.logs, rank)))
         yield from ()
 
     def _score(self, windows: list[Path], folder: RunFolder, task: str) -> Facts:
